@@ -1,13 +1,13 @@
 # make demo   set-up, then the whole job on this computer: profile, search, train, export, validate, report
 # make test   set-up, then style, types, import rules and all tests
 # make fast   the same without slow tests: a few minutes
-# make judges set-up of other people's programs that tests take our files to: MediaPipe, and tflite-runtime (Python 3.11)
+# make references   installs the third-party programs that read our files in tests: MediaPipe and tflite-runtime (Python 3.11)
 PYTHON ?= python3
 VENV ?= .venv
 PROCESSES ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test fast check setup judges benchmark clean
+.PHONY: demo test fast check setup references judges benchmark clean
 
 demo: $(VENV)/installed
 	$(BIN)/hwnas run configs/quickstart.toml
@@ -38,7 +38,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-judges: .venv-mediapipe/installed .venv-tflite-runtime/installed
+references: .venv-mediapipe/installed .venv-tflite-runtime/installed
+
+# the old name of references
+judges: references
 
 .venv-%/installed: tests/apps/%.txt
 	$(PYTHON) -m venv .venv-$*

@@ -138,8 +138,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning of hwnas as one plain line on standard error; the place in the
-    code says nothing to a user. Warnings of other packages keep Python's format.
+    """Print a warning of hwnas as one plain line on standard error; the source
+    location means nothing to a user. Warnings of other packages keep Python's format.
     """
     is_for_users = issubclass(category, FutureWarning | UserWarning)
     if is_for_users and filename.startswith(PACKAGE_FOLDER):
@@ -162,8 +162,8 @@ def _pipeline(
     from hwnas.unused import check_used
 
     pipeline = _unchecked(config, overrides, out, quiet, verbose)
-    # The config.json of a run folder holds every key, so that none of them shows what
-    # the user asked for.
+    # The config.json of a run folder contains every key, so it does not show which keys
+    # the user set.
     is_run_folder = config is not None and config.is_dir()
     if not is_run_folder:
         check_used(pipeline.experiment, verb, overrides or [], pipeline.progress)
@@ -189,7 +189,7 @@ def _unchecked(
     else:
         experiment = load_experiment(config, overrides)
         name = experiment.name
-        # a file without a name of its own gives the experiment the file's name
+        # an experiment without a name is named after its file
         if config is not None and "name" not in experiment.model_fields_set:
             name = config.stem
         root = out or Path("runs") / name
@@ -198,8 +198,8 @@ def _unchecked(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a stage with one sentence. The files of the stage allow the same
-    command to resume.
+    """Ctrl-C ends a stage with one sentence. The same command resumes from the stage's
+    files.
     """
     try:
         yield
@@ -305,7 +305,9 @@ def train(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Train the architecture that the search found, or the one that train.arch names."""
+    """Train the architecture that the search found, or the one that
+    train.arch names.
+    """
     pipeline = _pipeline("train", config, overrides, out, quiet, verbose)
     _run_stage("train", pipeline, fresh, as_json)
 
@@ -321,7 +323,9 @@ def export(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Write a bundle: TFLite and ONNX files with labels, preprocessing and parity numbers."""
+    """Write a bundle: TFLite and ONNX files with labels, preprocessing and parity
+    numbers.
+    """
     pipeline = _pipeline("export", config, overrides, out, quiet, verbose)
     _run_stage("export", pipeline, fresh, as_json)
 
@@ -369,8 +373,8 @@ def space(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a space, by name or as the data of an experiment shape it: its size, its
-    plan, a sample, and what a table covers and predicts.
+    """Show a built-in space, or the space of an experiment fitted to its data: its
+    size, the ops to measure, a sample, and what a table covers and predicts.
     """
     from hwnas.core.describe import coverage, describe_space
     from hwnas.core.table import LatencyTable
@@ -389,7 +393,9 @@ def space(
 
 @app.command()
 def devices(as_json: Json = False, debug: Debug = False) -> None:
-    """List the devices that a configuration can name, and the phones that are attached."""
+    """List the devices that a configuration can name, and the phones that
+    are attached.
+    """
     from hwnas.devices.adb_client import attached_phones
     from hwnas.devices.device import known_devices
 
@@ -412,7 +418,7 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
 
 @table_app.command("show")
 def table_show(path: TableFile, as_json: Json = False, debug: Debug = False) -> None:
-    """Show a table: its conditions, how well it adds up, and its entries."""
+    """Show a table: its conditions, its calibration and its entries."""
     from hwnas.core.describe import describe_table
     from hwnas.core.table import LatencyTable
 
@@ -438,13 +444,16 @@ def table_import(
 
     if out.resolve() == file.resolve():
         raise UserError(
-            f"--out {out} is the file to import: choose another, because import writes to it."
+            f"--out {out} is also the file to import, and would be overwritten: choose another"
+            " path."
         )
     imported = import_table(file, format_name)
     imported.table.save(out)
     count = len(imported.table.entries) + sum(map(len, imported.table.slots.values()))
     if as_json:
-        typer.echo(json.dumps({"path": str(out), "prices": count, "unmapped": imported.unmapped}))
+        # "prices" is the old name of "entries", for one release
+        result = {"path": str(out), "entries": count, "prices": count}
+        typer.echo(json.dumps({**result, "unmapped": imported.unmapped}))
         return
 
     colon = ":" if imported.unmapped else ""
@@ -456,8 +465,8 @@ def table_import(
 
 @table_app.command("compare")
 def table_compare(a: TableFile, b: OtherTable, as_json: Json = False, debug: Debug = False) -> None:
-    """Compare what the same ops cost in two tables: the ratios, their range, and how far
-    the orders agree.
+    """Compare what the same ops cost in two tables: the ratios, their range, and their
+    rank correlation.
     """
     import shutil
 
@@ -492,7 +501,7 @@ def table_fit(
     inputs = {path.resolve() for path in (file, *prior_paths)}
     if out.resolve() in inputs:
         raise UserError(
-            f"--out {out} is a file that is read: choose another, because fit writes to it."
+            f"--out {out} is also an input, and would be overwritten: choose another path."
         )
     priors = [LatencyTable.load(path) for path in prior_paths]
     table = fit_from_csv(file, load_space(space_name), priors)
@@ -542,8 +551,8 @@ def study_compare(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Compare what search methods find by known accuracies: do they beat random search
-    at equal cost?
+    """Compare search methods by the true accuracy of what they find: do they beat
+    random search at equal cost?
     """
     from hwnas.studies import study_compare as study
 
@@ -562,8 +571,8 @@ def study_shrink(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Shrink a space by how a super-net scores its operators: how many of the good
-    networks remain?
+    """Shrink a space by dropping the operators that a super-net scores lowest; reports
+    how many good networks remain.
     """
     from hwnas.studies import study_shrink as study
 

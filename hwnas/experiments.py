@@ -85,7 +85,8 @@ def check_names(experiment: Experiment, space: SearchSpace) -> None:
     named_networks(experiment, space)
     name = experiment.train.arch
     if name is not None and Path(name).suffix != ".json":
-        data, width = experiment.data, experiment.space.width
+        data = experiment.data
+        width = experiment.space.width
         resolve_arch(
             name,
             space,

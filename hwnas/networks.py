@@ -1,5 +1,6 @@
 """The networks that a configuration names, with the classes, resolution and channels of
-the experiment's data: the one to train, and those to profile beside the space.
+the experiment's data: the one to train, and those to profile in addition to
+the space.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
             width=width,
         )
     arch = task_of(experiment).architecture(arch, experiment)
-    data = sized(experiment, arch)
+    data = data_for(experiment, arch)
     if (arch.classes, arch.resolution, arch.in_channels) != (
         data.classes,
         data.resolution,
@@ -52,7 +53,7 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
     return arch
 
 
-def sized(experiment: Experiment, arch: Architecture) -> DataConfig:
+def data_for(experiment: Experiment, arch: Architecture) -> DataConfig:
     """The data to train ``arch`` on.
 
     The resolution is the one that the search chose; if the user names the architecture

@@ -21,18 +21,18 @@ class Progress:
     """
 
     @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         """A bar of ``total`` steps, of which ``done`` were done before (a resumed
         stage).
         """
-        yield Task()
+        yield ProgressBar()
 
     @contextmanager
-    def tasks(self) -> Iterator[Callable[[str, int, int], Task]]:
+    def tasks(self) -> Iterator[Callable[[str, int, int], ProgressBar]]:
         """Bars side by side: a function of a description, a total and the steps done
-        that starts a bar. ``Task.end`` ends it.
+        that starts a bar. ``ProgressBar.end`` ends it.
         """
-        yield lambda description, total, done: Task()
+        yield lambda description, total, done: ProgressBar()
 
     def info(self, message: str) -> None:
         """One line that matters (a result, a decision)."""
@@ -44,7 +44,7 @@ class Progress:
         """One line about a problem that does not stop the work."""
 
 
-class Task:
+class ProgressBar:
     """A running bar. The base is silent."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -53,7 +53,11 @@ class Task:
         """
 
     def end(self) -> None:
-        """End this bar; others beside it continue."""
+        """End this bar; the others continue."""
+
+
+Task = ProgressBar
+"""The old name, which is accepted for one release."""
 
 
 class Pace:

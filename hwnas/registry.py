@@ -35,6 +35,7 @@ class Registry:
         self._discovered = False
 
     def _discover(self) -> dict[str, str]:
+        # on first use, because reading the metadata of all packages takes a while
         if not self._discovered:
             self._discovered = True
             for point in entry_points(group=f"hwnas.{self.noun}"):
@@ -45,6 +46,7 @@ class Registry:
         """Add a plug-in. Raises ConfigError if the name is already taken, instead of
         silently overwriting it.
         """
+        # the same target twice is harmless: a package may be found on two paths
         if self._targets.get(name, target) != target:
             raise ConfigError(
                 f"{self.noun} {name!r} is registered twice ({self._targets[name]} and {target}):"
@@ -76,6 +78,7 @@ class Registry:
                 f"{described} cannot be loaded ({type(error).__name__}: {error}): fix it, or remove"
                 " the package that provides it."
             ) from error
+        # Python itself would complain only on use, perhaps after minutes of profiling
         missing = sorted(getattr(plugin, "__abstractmethods__", ()))
         if missing:
             raise ConfigError(

@@ -170,7 +170,9 @@ def load_config(root: Path) -> Experiment:
     """
     try:
         content = json.loads((root / "config.json").read_text())
-        return Experiment.model_validate(with_new_keys(content, str(root / "config.json")))
+        # without warnings: hwnas wrote these keys, so the user could not act on one
+        content = with_new_keys(content, str(root / "config.json"), warn=False)
+        return Experiment.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{root / 'config.json'}: {explain(error, Experiment)}") from error
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ trained, exported, validated and reported like the built-in ones::
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,26 @@ from hwnas.core.search_space import SearchSpace
 from hwnas.data.images import Batch, Images
 from hwnas.engine import Criterion
 from hwnas.nn.network import Network
+from hwnas.old_names import accept_old_names
+
+OLD_NAMES = {
+    "said": "describe_result",
+    "said_of_file": "describe_file_result",
+    "said_on_the_way": "describe_progress",
+    "kept": "load_answers",
+}
+"""Renamed methods of ``Task``, old name -> new name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Quality":
+        warnings.warn(
+            "hwnas.task.Quality is now SearchQuality; the old name works until the next release.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return SearchQuality
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Parity(BaseModel):
@@ -87,7 +108,7 @@ class EvaluationSettings:
     workers: int = 0
 
 
-class Quality(ABC):
+class SearchQuality(ABC):
     """What a search maximises. ``metric`` names what ``of_network`` returns; see
     ``hwnas.core.metric``.
 
@@ -143,7 +164,9 @@ class Answers(ABC):
 
     @abstractmethod
     def arrays(self) -> dict[str, np.ndarray]:
-        """All answers as arrays for a bundle; ``Task.kept`` reads them back."""
+        """All answers as arrays for a bundle; ``Task.load_answers`` reads them
+        back.
+        """
 
 
 class FileAnswers(Answers):
@@ -185,7 +208,7 @@ class Task(ABC):
         tiles            the metrics at the top of a report
         words            the words in which results are reported
         tables           tables of the configuration that its networks depend on
-        files            files that training writes beside the weights
+        files            files that training writes next to the weights
         curve            names in the rows of ``validation.jsonl`` -> metrics
         curve_images     images per point of that curve, at most
         curve_cost       cost of evaluating one image, in training images
@@ -211,6 +234,14 @@ class Task(ABC):
     decodes: ClassVar[bool] = False
     studied: ClassVar[bool] = False
 
+    # The old name of ``describe_result``, which ``__init_subclass__`` sets.
+    said: Any
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        # before ABCMeta looks for missing methods, so the old names count as implemented
+        super().__init_subclass__(**arguments)
+        accept_old_names(cls, OLD_NAMES)
+
     def __init__(self, post_processing: PostProcessing | None = None) -> None:
         self.post_processing = post_processing or PostProcessing()
 
@@ -233,7 +264,7 @@ class Task(ABC):
         """The loss of the final training."""
 
     @abstractmethod
-    def quality(self, experiment: Experiment, space: SearchSpace) -> Quality:
+    def quality(self, experiment: Experiment, space: SearchSpace) -> SearchQuality:
         """What a search maximises."""
 
     # Evaluation
@@ -257,23 +288,23 @@ class Task(ABC):
         """A warning if a network is no better than a guess on that many test images."""
 
     @abstractmethod
-    def said(self, metrics: Metrics, images: int) -> str:
+    def describe_result(self, metrics: Metrics, images: int) -> str:
         """One phrase that reports how good a trained network is on ``images`` test
         images.
         """
 
     @abstractmethod
-    def said_of_file(self, value: float, images: int) -> str:
+    def describe_file_result(self, value: float, images: int) -> str:
         """The same for an exported file, as what it does: "finds ..." """
 
     @abstractmethod
-    def said_on_the_way(self, value: float) -> str:
+    def describe_progress(self, value: float) -> str:
         """How good a network is during training, to be followed by "N test images"."""
 
     def record(
         self, folder: Path, network: Network, images: Images, evaluated: EvaluationResult
     ) -> None:
-        """Write the ``files`` of a training. By default there are none."""
+        """Write the ``files`` of a training run. By default there are none."""
         del folder, network, images, evaluated
 
     # Exported files
@@ -323,7 +354,7 @@ class Task(ABC):
         """PyTorch's answers for all images, computed on the CPU in float32."""
 
     @abstractmethod
-    def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:
+    def load_answers(self, arrays: Mapping[str, np.ndarray]) -> Answers:
         """PyTorch's answers, read back from a bundle's arrays."""
 
     def min_score(self) -> float | None:

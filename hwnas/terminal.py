@@ -12,19 +12,19 @@ from rich.console import Console
 from rich.progress import Progress as RichBars
 from rich.progress import Task as BarState
 from rich.progress import TaskID
-from rich.progress_bar import ProgressBar
+from rich.progress_bar import ProgressBar as RichBar
 from rich.table import Table
 from rich.text import Text
 
-from hwnas.progress import Pace, Progress, Task, duration
+from hwnas.progress import Pace, Progress, ProgressBar, duration
 
 LINE_SECONDS = 30.0
 """How often a long task prints a line if there is no terminal."""
 BAR_WIDTH = (8, 24)
 """Columns of a bar, at least and at most; the rest of the line is for numbers."""
-BAR_PART = 0.1
+BAR_FRACTION = 0.1
 """The fraction of a wide terminal that a bar takes."""
-DESCRIPTION_PART = 0.35
+DESCRIPTION_FRACTION = 0.35
 """The fraction of a terminal that descriptions take at most; longer ones end with an
 ellipsis.
 """
@@ -43,7 +43,7 @@ class TerminalProgress(Progress):
         self.verbose = verbose
 
     @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         """A bar; without a terminal, lines."""
         with self.tasks() as begin:
             bar = begin(description, total, done)
@@ -51,19 +51,19 @@ class TerminalProgress(Progress):
             bar.end()
 
     @contextmanager
-    def tasks(self) -> Iterator[Callable[[str, int, int], Task]]:
+    def tasks(self) -> Iterator[Callable[[str, int, int], ProgressBar]]:
         """Bars, one below the other; without a terminal, lines for each task."""
         live = self.console.is_terminal and not self.quiet
         with _Bars(self.console, live=live) as bars:
 
-            def begin(description: str, total: int, done: int) -> Task:
+            def begin(description: str, total: int, done: int) -> ProgressBar:
                 pace = Pace(total, done)
                 if not live:
-                    return _LineTask(self.console, description, pace)
+                    return _PrintedBar(self.console, description, pace)
                 identity = bars.add_task(
                     description, total=total, completed=done, pace=pace, note=""
                 )
-                return _BarTask(bars, identity, pace)
+                return _TerminalBar(bars, identity, pace)
 
             yield begin
 
@@ -109,7 +109,7 @@ class _Bars(RichBars):
         for width in widths:
             table.add_column(width=width, no_wrap=True, overflow="ellipsis")
         for task, count, left in zip(shown, counts, times, strict=True):
-            bar = ProgressBar(
+            bar = RichBar(
                 total=max(task.total or 0, 1),
                 completed=task.completed,
                 width=widths[1],
@@ -134,9 +134,9 @@ class _Bars(RichBars):
         # a blank after each column, and the terminal's last column stays empty
         free = max(0, width - count_width - time_width - 5)
         longest = max(map(len, descriptions), default=0)
-        description_width = min(longest, int(DESCRIPTION_PART * width), free)
+        description_width = min(longest, int(DESCRIPTION_FRACTION * width), free)
         at_least, at_most = BAR_WIDTH
-        bar_width = min(at_most, max(at_least, int(BAR_PART * width)), free - description_width)
+        bar_width = min(at_most, max(at_least, int(BAR_FRACTION * width)), free - description_width)
         note_width = free - description_width - bar_width
         return description_width, bar_width, count_width, time_width, note_width
 
@@ -168,7 +168,7 @@ def fitting(note: str, width: int) -> str:
     return ""
 
 
-class _BarTask(Task):
+class _TerminalBar(ProgressBar):
     """A bar."""
 
     def __init__(self, bars: RichBars, identity: TaskID, pace: Pace) -> None:
@@ -186,7 +186,7 @@ class _BarTask(Task):
         self.bars.remove_task(self.identity)
 
 
-class _LineTask(Task):
+class _PrintedBar(ProgressBar):
     """Lines in place of a bar if there is no terminal."""
 
     def __init__(self, console: Console, description: str, pace: Pace) -> None:

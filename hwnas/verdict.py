@@ -27,7 +27,7 @@ OPTIONAL_FIELDS = (
     "network_ms",
 )
 """Fields that apply only to files whose answers depend on a score threshold, or whose
-graph holds more than the network.
+graph contains more than the network.
 """
 
 
@@ -35,6 +35,7 @@ def _sparse(content: dict[str, Any]) -> dict[str, Any]:
     """The content without fields that do not apply to the files, and without an empty
     list of warnings.
     """
+    # verdicts from before these fields existed must keep their hash
     sparse = {}
     for name, value in content.items():
         if value is not None or name not in OPTIONAL_FIELDS:
@@ -69,7 +70,8 @@ class FileVerdict(Record):
         )
     )
     metrics: dict[str, float] = Field(description="its metrics on the device, by name")
-    loss: float = Field(description="how much of the verdict's metric it loses against PyTorch")
+    # a drop in the metric: the key is older than this word, and documents contain it
+    loss: float = Field(description="how far the verdict's metric drops against PyTorch")
     quality_passed: bool
     network_ms: float | None = Field(
         None,
@@ -109,6 +111,7 @@ class FileVerdict(Record):
     @property
     def passed(self) -> bool:
         """Whether everything that was checked is within its tolerance."""
+        # None means that a check does not apply to this file, which is no failure
         return self.quality_passed and False not in (self.latency_passed, self.parity_passed)
 
 
@@ -116,9 +119,9 @@ class Verdict(Document):
     """The result of validation. ``passed`` only if every checked number is within its
     tolerance.
 
-    It covers the promises of latency and parity. ``warnings`` are about the search and
-    the training before: a network that learned nothing can keep all promises. Version 1
-    had fields of accuracy for classifiers and of AP for detectors.
+    ``warnings`` come from the earlier search and training: a network that learned
+    nothing can still pass every check. Version 1 had fields of accuracy for classifiers
+    and of AP for detectors.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.verdict"
@@ -170,8 +173,8 @@ class Verdict(Document):
     def _known(
         self, value: ValidateConfig, handler: SerializerFunctionWrapHandler
     ) -> dict[str, Any]:
-        """The tolerances without ``app_score`` unless the user set it. Verdicts are older
-        than that key, and their hashes must not change.
+        """The tolerances without ``app_score`` unless the user set it. Verdicts are
+        older than that key, and their hashes must not change.
         """
         content: dict[str, Any] = handler(value)
         if "app_score" not in value.model_fields_set:
@@ -268,6 +271,7 @@ def lines(verdict: Verdict) -> list[str]:
 
 def _file_line(verdict: Verdict, file: FileVerdict) -> str:
     """A file's latency, metric and parity with their marks."""
+    # the time that an app sees comes first; the corrected error explains it
     latency = f"{file.measured_ms:.4g} ms"
     if file.predicted_ms is not None and file.latency_error is not None:
         mark = _mark(file.latency_passed)
@@ -285,6 +289,7 @@ def _file_line(verdict: Verdict, file: FileVerdict) -> str:
     on_device = file.metrics[verdict.metric]
     in_pytorch = verdict.metrics[verdict.metric]
     quality = f"{verdict.words.metric} {on_device:.2%} against {in_pytorch:.2%}"
+    # parity is None for int8 and for NMS in the graph, where outputs need not match
     mark = _mark(file.quality_passed and file.parity_passed is not False)
     return f"{file.name}: {latency}; {quality} in PyTorch{outputs} ({mark})"
 
@@ -294,8 +299,10 @@ def _mark(passed: bool | None) -> str:
 
 
 def _remedy(verdict: Verdict, file: FileVerdict) -> str | None:
-    """What to do about a file that breaks a promise; None if it keeps all."""
+    """What to do about a file that fails a check; None if it passes all."""
     config = verdict.tolerances
+    # Wrong outputs come first: they explain a drop in the metric, and a bug in the export
+    # makes the time meaningless.
     if file.parity_passed is False:
         return (
             f"the outputs of {file.name} differ from PyTorch's: this is a bug in the export or in"
@@ -303,6 +310,7 @@ def _remedy(verdict: Verdict, file: FileVerdict) -> str | None:
         )
     if not file.quality_passed:
         key = f"validate.{config.tolerance_key(verdict.metric, file.dtype)}"
+        # only int8 has ranges to calibrate
         more = "more export.calibration_images may help; " if file.dtype == "int8" else ""
         return (
             f"{file.name} loses more than {key} allows: {more}raise {key} if the file is good"
@@ -310,6 +318,8 @@ def _remedy(verdict: Verdict, file: FileVerdict) -> str | None:
         )
     if file.latency_passed is not False:
         return None
+    # Of the causes of a wrong latency, drift and noise are ruled out before the table is
+    # blamed, because each of them also makes a correct table look wrong.
     if verdict.drift is not None and abs(verdict.drift - 1) > config.max_drift:
         return (
             "profile this device again in its current state (hwnas profile with --fresh), and run"
@@ -334,5 +344,6 @@ def _conclusion(verdict: Verdict) -> str:
     if not verdict.warnings:
         return f"verdict: {result}"
     warnings = "; ".join(str(caution).removesuffix(".") for caution in verdict.warnings)
+    # a warning contrasts with a pass and adds to a failure
     conjunction = "but" if verdict.passed else "and"
     return f"verdict: {result}, {conjunction} {warnings}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.devices.device import Device
+from tests import commands
 
 TINY_CONFIG = """
 name = "tiny"
@@ -50,11 +50,11 @@ accuracy_tolerance = 0.05
 int8_accuracy_tolerance = 1
 rounds = 1
 """
-"""Latency is simulated, so the tolerance on it means nothing here; everything else is real."""
+"""Latency is simulated, so its tolerance means nothing here; all else is real."""
 
 
 def digits_space(name: str = "tiny") -> MacroSpace:
-    """For scikit-learn's digits: three searched slots on 8-pixel grey images."""
+    """A space for scikit-learn's digits, 8-pixel greyscale: three searched slots."""
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
         SpaceStage(widths=(8,), slots=(("cn_k3",),)),
@@ -66,8 +66,8 @@ def digits_space(name: str = "tiny") -> MacroSpace:
 
 
 def write_tiny(folder: Path, delay_ms: float = 0.0) -> Path:
-    """A whole small experiment in a folder: space, simulated device, configuration.
-    Returns the configuration's path.
+    """Write a complete small experiment into a folder: space, simulated device and
+    configuration. Returns the configuration's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digits_space().save(folder / "space.json")
@@ -81,7 +81,9 @@ def write_tiny(folder: Path, delay_ms: float = 0.0) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests build their models anew, once per session, and leave the user's cache alone."""
+    """Give the session its own cache: models are built once per session, and the user's
+    cache is left alone.
+    """
     import os
 
     os.environ["HWNAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
@@ -89,8 +91,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _usual_arithmetic() -> Iterator[None]:
-    """Training flushes denormal numbers to zero, in the whole process; other tests are
-    about those numbers.
+    """Undo what training sets for the whole process: flushing denormal numbers to zero.
+    Other tests depend on those numbers.
     """
     yield
     if "torch" in sys.modules:
@@ -99,28 +101,18 @@ def _usual_arithmetic() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small experiment that went through all stages, undisturbed. Do
+    """The folder of a small experiment that ran through all stages uninterrupted. Do
     not write into it.
 
-    A process of its own makes it, as tests leave torch with other numbers of threads,
-    and threads decide the last bits.
+    A separate process runs it: tests change torch's number of threads, which affects
+    the last bits of the results.
     """
     folder = tmp_path_factory.mktemp("finished")
-    command = [
-        sys.executable,
-        "-m",
-        "hwnas",
-        "run",
-        str(write_tiny(folder)),
-        "--out",
-        str(folder / "run"),
-        "-q",
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    commands.run(["run", str(write_tiny(folder)), "--out", str(folder / "run"), "-q"])
     return folder / "run"
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON file."""
+    """The content of a JSON file."""
     content: dict[str, object] = json.loads(path.read_text())
     return content

@@ -1,8 +1,8 @@
-"""How much of the code asks what something is, and how many places know a kind:
-``python tests/form.py [FOLDER]``.
+"""Count the lines that check what kind of thing they have, and the places that know a
+particular kind: ``python tests/form.py [FOLDER]``.
 
-Counts lines of ``hwnas/`` by patterns; run it on two commits to compare them. It judges
-nothing, and is no test.
+Counts the lines of ``hwnas/`` that match each pattern; run it on two commits to compare
+them. It sets no limits and is not a test.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ PATTERNS = {
 
 
 def count(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of each pattern: lines of code that match, and files that have one. Docstrings of
-    modules are no code.
+    """For each pattern, the number of matching lines of code and of files with a match.
+    Docstrings are not code.
     """
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     sources = {path: _code(path.read_text()) for path in sorted(folder.rglob("*.py"))}
     for name, pattern in PATTERNS.items():
         hits = {
             path: sum(bool(re.search(pattern, line)) for line in lines)
             for path, lines in sources.items()
         }
-        found[name] = sum(hits.values()), sum(map(bool, hits.values()))
-    found["lines in all"] = sum(map(len, sources.values())), len(sources)
-    return found
+        counts[name] = sum(hits.values()), sum(map(bool, hits.values()))
+    counts["lines in all"] = sum(map(len, sources.values())), len(sources)
+    return counts
 
 
 def _code(text: str) -> list[str]:
@@ -51,5 +51,7 @@ def _code(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    for what, (lines, files) in count(Path(sys.argv[1] if len(sys.argv) > 1 else "hwnas")).items():
-        print(f"{what:42} {lines:6} lines in {files:3} files")
+    for pattern_name, (lines, files) in count(
+        Path(sys.argv[1] if len(sys.argv) > 1 else "hwnas")
+    ).items():
+        print(f"{pattern_name:42} {lines:6} lines in {files:3} files")

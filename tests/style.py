@@ -1,7 +1,7 @@
-"""How the code is written, in numbers: ``python tests/style.py [FOLDER ...]``; compare
-two commits, or with code that reads well.
+"""The code's style in numbers: ``python tests/style.py [FOLDER ...]``. Compare two
+commits, or compare with code that reads well.
 
-A mirror, and no goal: it judges nothing, and is no test.
+A mirror, not a goal: it sets no limits and is not a test.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 COLUMNS = 100
 PARAMETERS = 6
-"""More than these are counted as many; ``self`` and ``cls`` are none."""
+"""More than this count as many; ``self`` and ``cls`` do not count."""
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 @dataclass
 class Counts:
-    """Of one file or of many. Code lines are those with code; docstrings and comments are none."""
+    """The counts of one file or of many. Docstrings and comments are not code lines."""
 
     code_lines: int = 0
     comment_lines: int = 0
@@ -35,7 +35,7 @@ class Counts:
     longest_parameter_list: int = 0
 
     def add(self, other: Counts) -> None:
-        """Sums, and the longer of the longest."""
+        """Add up the counts, but keep the longer of the two longest parameter lists."""
         longest = max(self.longest_parameter_list, other.longest_parameter_list)
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
@@ -43,32 +43,32 @@ class Counts:
 
 
 def counts_of(source: str) -> Counts:
-    """The counts of a file's text."""
+    """The counts for a file's text."""
     tree = ast.parse(source)
-    found = Counts()
+    counts = Counts()
     docstrings = _docstring_lines(tree)
-    found.docstring_lines = len(docstrings)
+    counts.docstring_lines = len(docstrings)
     comments, code = _lines(source)
     code -= docstrings
-    found.comment_lines, found.code_lines = len(comments), len(code)
+    counts.comment_lines, counts.code_lines = len(comments), len(code)
     lines = source.splitlines()
-    found.long_lines = sum(len(lines[number - 1]) > COLUMNS for number in code)
+    counts.long_lines = sum(len(lines[number - 1]) > COLUMNS for number in code)
     for node in ast.walk(tree):
         if isinstance(node, ast.IfExp):
-            found.ternaries += 1
-            found.nested_ternaries += _holds(node, ast.IfExp)
+            counts.ternaries += 1
+            counts.nested_ternaries += _holds(node, ast.IfExp)
         elif isinstance(node, COMPREHENSIONS):
-            found.comprehensions += 1
-            found.ternaries_in_comprehensions += _holds(node, ast.IfExp)
+            counts.comprehensions += 1
+            counts.ternaries_in_comprehensions += _holds(node, ast.IfExp)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             count = _parameters(node)
-            found.many_parameters += count > PARAMETERS
-            found.longest_parameter_list = max(found.longest_parameter_list, count)
-    return found
+            counts.many_parameters += count > PARAMETERS
+            counts.longest_parameter_list = max(counts.longest_parameter_list, count)
+    return counts
 
 
 def _lines(source: str) -> tuple[set[int], set[int]]:
-    """Numbers of the lines with a comment, and of those with code."""
+    """The numbers of the lines with comments, and of those with code."""
     blank = {
         tokenize.NL,
         tokenize.NEWLINE,
@@ -87,7 +87,7 @@ def _lines(source: str) -> tuple[set[int], set[int]]:
 
 
 def _docstring_lines(tree: ast.Module) -> set[int]:
-    """Lines of strings that are statements: docstrings, those of attributes included."""
+    """The numbers of all docstring lines, including docstrings of attributes."""
     numbers = set[int]()
     for node in ast.walk(tree):
         if (
@@ -110,7 +110,7 @@ def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def main(folders: list[str]) -> None:
-    """Print the counts of each folder, and per 1,000 code lines."""
+    """Print each folder's counts, also per 1,000 code lines."""
     for folder in folders:
         total = Counts()
         for path in sorted(Path(folder).rglob("*.py")):

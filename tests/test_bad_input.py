@@ -1,5 +1,5 @@
-"""What a person gets wrong, at the command line: one sentence that names the value and
-the fix, exit code 2, nothing lost.
+"""Users' mistakes on the command line: each gets one sentence that names the value and
+the fix, and exit code 2; nothing is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hwnas.core.spaces import mobile32
 from hwnas.core.table import LatencyTable
 from hwnas.document import file_sha256
 
-# each changes a copy of a finished run
+# the fixtures copy a finished run, for tests to change
 pytestmark = pytest.mark.slow
 
 Run = Callable[..., tuple[int, str]]
@@ -27,7 +27,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def hwnas(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; returns the exit code and what went to standard error."""
+    """Run the command in this process; returns the exit code and standard error."""
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["hwnas", *map(str, arguments)])
@@ -98,12 +98,12 @@ def test_unknown_names(hwnas: Run, project: Path, override: str, hint: str) -> N
         (("export.input=int8",), ("export.input = 'int8'", "'float32' or 'uint8'")),
     ],
 )
-def test_files_that_cannot_be(
+def test_impossible_export_settings_are_refused(
     hwnas: Run, tmp_path: Path, overrides: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     (tmp_path / "empty.toml").write_text("")
-    settings = [part for override in overrides for part in ("-s", override)]
-    refused(hwnas("export", tmp_path / "empty.toml", *settings), *words)
+    flags = [part for override in overrides for part in ("-s", override)]
+    refused(hwnas("export", tmp_path / "empty.toml", *flags), *words)
 
 
 def test_missing_configuration(hwnas: Run, tmp_path: Path) -> None:
@@ -206,14 +206,14 @@ def test_image_that_does_not_decode(hwnas: Run, project: Path) -> None:
     broken = project / "images" / "val" / "class1" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
     overrides = ["data.name=folder", f"data.path={project / 'images'}"]
-    arguments = [part for override in overrides for part in ("-s", override)]
+    flags = [part for override in overrides for part in ("-s", override)]
     refused(
         hwnas(
             "train",
             project / "tiny.toml",
             "--out",
             project / "run",
-            *arguments,
+            *flags,
             "-s",
             "train.batch_size=4",
         ),
@@ -282,25 +282,25 @@ REFUSED = [
     (("search.recalibration_images=0",), ("recalibration_images is 0", "supernet.bn_track = true")),
     (("search.weights={folder}",), ("has no shared.safetensors", "name the search folder")),
 ]
-"""What is said, before anything of the finished run is set aside: overrides, and words
-of the one sentence.
+"""Overrides, and parts of the one-sentence error that they cause before anything of the
+finished run is set aside.
 """
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED]
 )
-def test_searches_that_cannot_be(
+def test_impossible_searches_are_refused_before_anything_is_set_aside(
     hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     paths = {"{run}": str(project / "run"), "{folder}": str(project)}
-    named = [part for override in overrides for part in ("-s", override)]
-    named = [
+    flags = [part for override in overrides for part in ("-s", override)]
+    flags = [
         next((part.replace(key, path) for key, path in paths.items() if key in part), part)
-        for part in named
+        for part in flags
     ]
     before = sorted(path.name for path in (project / "run").iterdir())
-    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *named), *words)
+    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *flags), *words)
     assert sorted(path.name for path in (project / "run").iterdir()) == before
 
 
@@ -317,16 +317,16 @@ def test_searches_that_cannot_be(
         ),
         (
             ("search.strategy={name = 'random_standalone', trainings = 8}", "search.epochs=0.2"),
-            ("8 trainings share 4 steps", "raise search.epochs"),
+            ("8 training runs share 4 steps", "raise search.epochs"),
         ),
     ],
 )
 def test_too_little_to_train_on(
     hwnas: Run, project: Path, overrides: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    """Found when the images are there."""
-    named = [part for override in overrides for part in ("-s", override)]
-    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *named), *words)
+    """Noticed only once the images are loaded, after the old search is set aside."""
+    flags = [part for override in overrides for part in ("-s", override)]
+    refused(hwnas("search", project / "tiny.toml", "--out", project / "run", *flags), *words)
     assert (project / "run" / "search.old-1" / "search.json").exists()
 
 
@@ -348,7 +348,7 @@ def test_output_below_a_file(hwnas: Run, project: Path) -> None:
         "search.target_ms=500",
     ],
 )
-def test_a_refusal_leaves_the_finished_run_as_it_is(
+def test_a_refusal_leaves_the_finished_run_unchanged(
     hwnas: Run, project: Path, override: str
 ) -> None:
     files = [path for path in (project / "run").rglob("*") if path.is_file()]

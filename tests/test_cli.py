@@ -1,4 +1,4 @@
-"""The command line: its verbs and flags, what they print, exit codes, and that asking
+"""The command line: its verbs and flags, their output and exit codes, and that asking
 for help costs nothing.
 """
 
@@ -23,7 +23,7 @@ from hwnas.core.table import Entry, LatencyTable, TableHeader
 
 COMMON = {"-s", "--out", "--fresh", "--resume", "--json", "-q", "-v", "--debug"}
 LOOK = {"--json", "--debug"}
-VERBS = {  # frozen: a knob goes into the configuration, not here
+VERBS = {  # frozen: new settings go into the configuration, not here
     "run": (["config"], COMMON | {"--plan"}),
     "profile": (["config"], COMMON),
     "search": (["config"], COMMON),
@@ -50,8 +50,8 @@ Hwnas = Callable[..., tuple[int, str, str]]
 def hwnas(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Hwnas:
-    """Run the command in this process, in an empty folder: exit code, standard output,
-    standard error.
+    """Run the command in this process, in an empty folder; returns the exit code,
+    standard output and standard error.
     """
     folder = tmp_path / "cwd"
     folder.mkdir()
@@ -72,28 +72,32 @@ def hwnas(
 
 
 def commands(group: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, command in group.commands.items():
-        found |= (
+        by_name |= (
             commands(command, f"{name} ")
             if hasattr(command, "commands")
             else {prefix + name: command}
         )
-    return found
+    return by_name
 
 
-def test_verbs_and_flags_are_these() -> None:
-    found = {}
+def test_the_verbs_and_flags_are_exactly_these() -> None:
+    verbs = {}
     for name, command in commands(typer.main.get_command(cli.app)).items():
-        arguments = [one.name for one in command.params if one.param_type_name == "argument"]
+        arguments = [
+            parameter.name
+            for parameter in command.params
+            if parameter.param_type_name == "argument"
+        ]
         flags = {
             flag
-            for one in command.params
-            if one.param_type_name == "option"
-            for flag in (*one.opts, *one.secondary_opts)
+            for parameter in command.params
+            if parameter.param_type_name == "option"
+            for flag in (*parameter.opts, *parameter.secondary_opts)
         }
-        found[name] = (arguments, flags)
-    assert found == VERBS
+        verbs[name] = (arguments, flags)
+    assert verbs == VERBS
 
 
 def test_asking_for_help_imports_nothing_heavy() -> None:
@@ -166,8 +170,10 @@ def test_a_real_process_ends_with_the_exit_code_and_one_sentence(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_warning_of_hwnas_is_one_plain_line(tmp_path: Path) -> None:
-    """An old key, in a real process: Python's file and line say nothing to a user."""
+def test_a_warning_from_hwnas_is_one_plain_line(tmp_path: Path) -> None:
+    """Tested with a renamed key, in a real process. The source file and line that
+    Python prints by default mean nothing to a user.
+    """
     old_key = "search.optimizer.unused=move"
     done = subprocess.run(
         [sys.executable, "-m", "hwnas", "run", "--plan", "-q", "-s", old_key],
@@ -193,7 +199,7 @@ def test_a_space_shows_its_size_and_plan(hwnas: Hwnas) -> None:
     code, out, err = hwnas("space", "proxylessnas")
     assert (code, err) == (0, "")
     assert "6.65e+17 architectures" in out
-    assert "72 ops to measure" in out
+    assert "ops          72 to measure" in out
     assert "classifier-h7-i1280-o1000" in out
 
 
@@ -216,7 +222,7 @@ def table_file(folder: Path) -> Path:
     return folder / "table.json"
 
 
-def test_coverage_of_a_space_by_a_table(hwnas: Hwnas, tmp_path: Path) -> None:
+def test_a_tables_coverage_of_a_space_is_shown(hwnas: Hwnas, tmp_path: Path) -> None:
     out = hwnas("space", "mobile32", table_file(tmp_path))[1]
     assert (
         f"{len(mobile32().ops) - 3} of {len(mobile32().ops)} ops in table board/litert-fp32-1t;"
@@ -233,7 +239,7 @@ def test_a_table_is_shown(hwnas: Hwnas, tmp_path: Path) -> None:
     assert LatencyTable.parse(hwnas("table", "show", path, "--json")[1]) == LatencyTable.load(path)
 
 
-def test_a_table_that_is_missing_or_something_else(hwnas: Hwnas, tmp_path: Path) -> None:
+def test_missing_files_and_other_documents_are_refused(hwnas: Hwnas, tmp_path: Path) -> None:
     refused(hwnas("table", "show", "absent.json"), "absent.json does not exist: check the path")
     mobile32().save(tmp_path / "space.json")
     refused(
@@ -273,7 +279,7 @@ def test_a_foreign_table_is_imported_and_compared(
     assert (
         "4 entries; 1 of the source not mapped:" in out
         and "kernel:4" in out
-        and "kernels are odd" in out
+        and "kernels must be odd" in out
     )
     printed = json.loads(
         hwnas(
@@ -287,17 +293,22 @@ def test_a_foreign_table_is_imported_and_compared(
             "--json",
         )[1]
     )
-    assert printed == {"path": str(tmp_path / "b.json"), "prices": 4, "unmapped": {}}
+    assert printed == {
+        "path": str(tmp_path / "b.json"),
+        "entries": 4,
+        "prices": 4,
+        "unmapped": {},
+    }
     assert "calibration  none" in hwnas("table", "show", tmp_path / "a.json")[1]
 
     code, out, _ = hwnas("table", "compare", tmp_path / "a.json", tmp_path / "b.json")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 60
     assert "2 ops in both: a / b from 0.50 to 1.50, median 1.00" in out
-    found = json.loads(
+    comparison = json.loads(
         hwnas("table", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")[1]
     )
-    assert [(one["op"], one["ratio"]) for one in found["ratios"]] == [
+    assert [(row["op"], row["ratio"]) for row in comparison["ratios"]] == [
         ("mbconv-h28-i40-o80-m240-k5-s2-relu", 0.5),
         ("mbconv-h28-i40-o80-m240-k3-s2-relu", 1.5),
     ]
@@ -313,7 +324,7 @@ def test_an_import_that_fails_writes_nothing(hwnas: Hwnas, tmp_path: Path) -> No
     )
     refused(
         hwnas("table", "import", whole, "--format", "ofa", "--out", out),
-        "a.yaml holds no block of format 'ofa'",
+        "a.yaml contains no block of format 'ofa'",
     )
     refused(
         hwnas("table", "import", tmp_path / "cut.yaml", "--format", "proxylessnas", "--out", out),
@@ -325,7 +336,7 @@ def test_an_import_that_fails_writes_nothing(hwnas: Hwnas, tmp_path: Path) -> No
     )
     refused(
         hwnas("table", "import", whole, "--format", "proxylessnas", "--out", whole),
-        "is the file to import: choose another",
+        "is also the file to import",
     )
     assert not out.parent.exists()
     assert whole.read_text() == BLOCK.format(3, 3.0)
@@ -334,8 +345,8 @@ def test_an_import_that_fails_writes_nothing(hwnas: Hwnas, tmp_path: Path) -> No
 
 
 def test_a_table_is_fitted_to_timed_networks(hwnas: Hwnas, tmp_path: Path) -> None:
-    """Networks as positions of options, timed by a formula: the table predicts them,
-    and says how well it does so unseen.
+    """Networks given by the positions of their options and timed by a formula: the
+    table predicts them, and states its error on networks that it was not fitted to.
     """
     space, rng = mobile32(), np.random.default_rng(0)
     lines = ["architecture,ms"]
@@ -372,7 +383,7 @@ def test_a_table_is_fitted_to_timed_networks(hwnas: Hwnas, tmp_path: Path) -> No
     )
     refused(
         hwnas("table", "fit", timed, "--space", space_file, "--out", timed),
-        "is a file that is read: choose another",
+        "is also an input, and would be overwritten",
     )
     refused(
         hwnas("table", "fit", timed, "--space", "fbnet", "--out", tmp_path / "c.json"), "timed.csv"
@@ -405,7 +416,7 @@ def test_devices(hwnas: Hwnas) -> None:
     )
 
 
-def test_doctor_finds_this_installation_in_order(hwnas: Hwnas) -> None:
+def test_doctor_finds_nothing_wrong_with_this_installation(hwnas: Hwnas) -> None:
     code, out, _ = hwnas("doctor")
     assert code == 0, out
     assert "MISSING" not in out
@@ -431,7 +442,7 @@ def test_a_plan_touches_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [tmp_path / "cwd"]
 
 
-def test_the_plan_names_the_target_and_milliseconds_win(hwnas: Hwnas) -> None:
+def test_the_plan_names_the_target_and_milliseconds_take_precedence(hwnas: Hwnas) -> None:
     assert (
         "at 35% of the way from the fastest to the slowest"
         in hwnas("run", QUICKSTART, "--plan", "-q")[1]
@@ -451,7 +462,7 @@ def test_the_plan_names_the_target_and_milliseconds_win(hwnas: Hwnas) -> None:
     )
 
 
-def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:
+def test_a_plan_leaves_out_stages_whose_results_are_given(hwnas: Hwnas, tmp_path: Path) -> None:
     out = hwnas(
         "run",
         QUICKSTART,
@@ -485,7 +496,7 @@ def test_a_plan_leaves_out_what_is_given(hwnas: Hwnas, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "cwd"]
 
 
-def test_the_builtin_settings_have_a_plan_too(hwnas: Hwnas) -> None:
+def test_the_built_in_defaults_can_be_planned(hwnas: Hwnas) -> None:
     assert hwnas("run", "--plan", "-q")[0] == 0
 
 
@@ -506,7 +517,7 @@ def test_every_space_can_be_planned(hwnas: Hwnas, space: str) -> None:
     assert f"of space {space} on host" in out
 
 
-def test_mistakes_are_one_sentence_and_change_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
+def test_mistakes_get_one_sentence_and_change_nothing(hwnas: Hwnas, tmp_path: Path) -> None:
     refused(hwnas("run", "absent.toml"), "configuration absent.toml does not exist")
     refused(
         hwnas("run", QUICKSTART, "-s", "search.taget_ms"), "-s 'search.taget_ms' is not KEY=VALUE"

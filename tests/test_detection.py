@@ -1,5 +1,5 @@
-"""Detectors on the engine and in judgement: the criterion, and numbers that belong to
-the right images.
+"""Training and evaluating detectors: the criterion, and results that belong to the
+right images.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Squares(nn.Module):
 
 
 def test_the_engine_minimises_any_criterion(tmp_path: Path) -> None:
-    """w <- w - lr dL/dw of one weight by hand, over two parts."""
+    """w <- w - lr dL/dw of a single weight by hand, over two microbatches."""
     model = nn.Conv2d(1, 1, 1, bias=False)
     w = float(model.weight.detach())
     engine = engine_of(model, tmp_path, criterion=Squares())
@@ -70,13 +70,13 @@ def test_the_engine_minimises_any_criterion(tmp_path: Path) -> None:
     assert float(model.weight.detach()) == pytest.approx(w - 0.01 * gradient)
 
 
-def test_without_a_criterion_it_is_cross_entropy(tmp_path: Path) -> None:
+def test_the_engine_keeps_the_cross_entropy_that_it_is_given(tmp_path: Path) -> None:
     engine = engine_of(nn.Linear(2, 2), tmp_path, criterion=CrossEntropy(0.2))
     assert isinstance(engine.criterion, CrossEntropy) and engine.criterion.label_smoothing == 0.2
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_the_criterion_of_a_detector_is_its_loss_and_says_its_parts(
+def test_the_criterion_of_a_detector_is_its_loss_and_reports_its_parts(
     scores: Scores, tmp_path: Path
 ) -> None:
     network = small_network(scores=scores).train()
@@ -92,7 +92,7 @@ def test_the_criterion_of_a_detector_is_its_loss_and_says_its_parts(
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_outputs_that_are_no_numbers_are_a_divergence(scores: Scores, tmp_path: Path) -> None:
+def test_nan_outputs_are_a_divergence(scores: Scores, tmp_path: Path) -> None:
     network = small_network(scores=scores)
     engine = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch))
     x_NCHW, y_NM5 = batch()
@@ -100,12 +100,12 @@ def test_outputs_that_are_no_numbers_are_a_divergence(scores: Scores, tmp_path: 
         engine.train_step(torch.full_like(x_NCHW, torch.nan), y_NM5)
 
 
-# the judgement
+# evaluation
 
 
 class Oracle(nn.Module):
-    """A network that knows the targets of the images it is asked about, in that order:
-    every anchor says the nearest box.
+    """A network that knows the targets of the images, in the order in which it gets
+    them: anchor i predicts object i exactly, and the other anchors are background.
     """
 
     def __init__(self, targets: Iterator[Tensor], classes: int) -> None:
@@ -128,8 +128,8 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_detections_belong_to_their_images(limit: int | None, tmp_path: Path) -> None:
-    """Images are asked in another order than they are stored, and in batches; all that
-    the oracle says is right.
+    """Images are evaluated in batches and not in the order in which they are stored;
+    everything that the oracle predicts is right.
     """
     objects = [
         (0, 3, [10.0, 20, 40, 30]),
@@ -147,15 +147,15 @@ def test_detections_belong_to_their_images(limit: int | None, tmp_path: Path) ->
     assert order != sorted(order)
     _, targets = images.__getitems__([(index, 0) for index in order])
     oracle: Any = Oracle(iter(targets), len(images.names))
-    found = detect(oracle, images, PostProcessing(min_score=0.5), batch_size=2, limit=limit)
-    assert list(found) == order and not oracle.training
-    metrics = average_precision(images, found)
+    detections = detect(oracle, images, PostProcessing(min_score=0.5), batch_size=2, limit=limit)
+    assert list(detections) == order and not oracle.training
+    metrics = average_precision(images, detections)
     assert pytest.approx((1.0, 1.0)) == (metrics.AP, metrics.AR100)
-    wrong = dict(zip(reversed(order), found.values(), strict=True))
+    wrong = dict(zip(reversed(order), detections.values(), strict=True))
     assert average_precision(images, wrong).AP50 < 0.6
 
 
-def test_nothing_found_is_worth_nothing(tmp_path: Path) -> None:
+def test_no_detections_score_zero(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     images = load(coco_config(tmp_path))
     empty = Detections(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.int64))
@@ -170,14 +170,14 @@ def test_nothing_found_is_worth_nothing(tmp_path: Path) -> None:
         average_precision(images, {2: empty})
 
 
-def test_the_settings_of_post_processing_arrive(tmp_path: Path) -> None:
+def test_post_processing_settings_are_applied(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     images, network = load(coco_config(tmp_path)), small_network(2)
-    found = detect(network, images, PostProcessing(min_score=0.0, detections=7), batch_size=4)
-    assert [len(each.scores_D) for each in found.values()] == [7, 7, 7]
+    by_image = detect(network, images, PostProcessing(min_score=0.0, detections=7), batch_size=4)
+    assert [len(detections.scores_D) for detections in by_image.values()] == [7, 7, 7]
     rows = [
         row
-        for index, each in found.items()
-        for row in images.results(index, *(part.numpy() for part in each))
+        for index, detections in by_image.items()
+        for row in images.results(index, *(part.numpy() for part in detections))
     ]
-    assert evaluate(images.ground_truth(np.arange(3)), rows) == average_precision(images, found)
+    assert evaluate(images.ground_truth(np.arange(3)), rows) == average_precision(images, by_image)

@@ -1,5 +1,5 @@
-"""Documents: what is written reads back, what is broken is refused in one sentence, and
-a failed write changes nothing.
+"""Documents: they read back as written, broken ones are refused in one sentence, and a
+failed write changes nothing.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_what_is_written_reads_back_in_the_same_bytes(sheet: Sheet) -> None:
     assert read.sha256 == sheet.sha256
 
 
-def test_documents_of_every_kind_read_back_from_files(tmp_path: Path) -> None:
+def test_documents_read_back_from_files(tmp_path: Path) -> None:
     for name, document in {"space": proxylessnas(), "arch": published("mnasnet_b1")}.items():
         path = tmp_path / "deep" / "down" / f"{name}.json"
         document.save(path)
@@ -159,7 +159,7 @@ def test_hashes_of_values_do_not_depend_on_the_order_of_keys() -> None:
         ('{"schema": "test.sheet/3", "title": "t", "count": ' + "9" * 5000 + "}", "source"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_in_one_sentence(text: str, message: str) -> None:
+def test_wrong_documents_are_refused_in_one_sentence(text: str, message: str) -> None:
     with pytest.raises(DocumentError, match=message) as caught:
         Sheet.parse(text, "source")
     assert str(caught.value).startswith("source")
@@ -234,20 +234,20 @@ def test_any_json_is_a_document_or_a_document_error(content: dict[str, Any]) -> 
     assert read.title == content["title"]
 
 
-def test_a_file_that_is_not_there_or_is_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"absent\.json does not exist: check the path"):
         Sheet.load(tmp_path / "absent.json")
     with pytest.raises(DocumentError, match=r"cannot be read \(Is a directory\)"):
         read_bytes(tmp_path)
 
 
-def test_hints() -> None:
+def test_hints_for_unknown_names() -> None:
     assert nearest("mobilnet", ["mobilenet", "mnasnet"]) == "did you mean 'mobilenet'?"
     assert nearest("xyz", ["b", "a"]) == "known: a, b."
     assert nearest("x", []) == "known: none."
 
 
-def test_merging_is_deep_and_the_later_wins() -> None:
+def test_merging_is_deep_and_later_values_win() -> None:
     first = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
     assert merged(first, {"b": {"d": {"f": 4}, "c": 5}, "a": {"g": 6}}) == {
         "a": {"g": 6},
@@ -270,7 +270,7 @@ def test_a_renamed_plug_in_does_not_inherit_options() -> None:
 # ---- writing
 
 
-def test_a_write_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.json"
     write_atomic(path, b"one")
     write_atomic(path, b"two")
@@ -284,6 +284,7 @@ def test_written_files_have_the_permissions_of_any_other_new_file(tmp_path: Path
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
 
 
+# A limit on the size of files stands in for a full disk, and needs no root.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
@@ -298,7 +299,7 @@ except StorageError as error:
 """
 
 
-def test_a_write_that_finds_no_room_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_write_without_space_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_bytes(b"old")
     done = subprocess.run(
@@ -315,7 +316,7 @@ def test_a_write_that_finds_no_room_leaves_the_old_file_and_no_other(tmp_path: P
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system with no space left but a few kilobytes."""
+    """A folder on a file system with only a few kilobytes of space."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -329,7 +330,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(full_disk: Path) -> None:
+def test_a_full_disk_leaves_only_the_old_file(full_disk: Path) -> None:
     path = full_disk / "table.json"
     write_atomic(path, b"old")
     with pytest.raises(
@@ -342,8 +343,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(full_disk: Path) -> None:
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder that cannot be written to, with one file in it; for root too, where the
-    file system can do that.
+    """A folder that cannot be written to, with one file in it. This holds for root too,
+    where the file system supports immutable folders.
     """
     folder = tmp_path / "fixed"
     folder.mkdir()
@@ -354,15 +355,15 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         return
     try:
-        fixed = (
+        immutable = (
             subprocess.run(
                 ["chattr", "+i", str(folder)], capture_output=True, check=False
             ).returncode
             == 0
         )
     except FileNotFoundError:
-        fixed = False
-    if not fixed:
+        immutable = False
+    if not immutable:
         pytest.skip("root writes everywhere, and this file system has no immutable folders")
     yield folder
     subprocess.run(["chattr", "-i", str(folder)], check=True)

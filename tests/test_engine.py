@@ -1,5 +1,5 @@
-"""The training loop: it learns, its schedule is the formula, and a killed run ends like
-one that was not, bit for bit.
+"""The training loop: it learns, its schedule follows the formula, and a killed and
+resumed run ends like an uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hwnas.data.images import evaluation_batches, load_images, training_batches
 from hwnas.engine import CrossEntropy, Engine, Metrics, Microbatch, accuracy, lr_factor, steps_of
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.progress import Progress, Task
+from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import JsonLines
 
 torch.set_num_threads(1)
@@ -63,8 +63,9 @@ def make(
 
 
 def train(engine: Engine, stop_at: int | None = None, nan_at: int | None = None) -> None:
-    """What a stage does: batches from the engine's step on. ``stop_at`` kills the run
-    in the middle of that step.
+    """Train as a stage does, on the batches from the engine's current step on.
+    ``stop_at`` kills the run in the middle of that step; ``nan_at`` makes that step's
+    images NaN.
     """
     images = load_images(DATA, "train", augment=True)
     batches = training_batches(images, 32, seed=1, steps=range(engine.step, engine.steps))
@@ -82,7 +83,7 @@ def train(engine: Engine, stop_at: int | None = None, nan_at: int | None = None)
 
 
 def assert_same(a: Any, b: Any, place: str = "") -> None:
-    """Equal bit for bit, through all containers."""
+    """Assert equality bit for bit, recursing into containers."""
     assert type(a) is type(b), place
     if isinstance(a, Tensor):
         assert torch.equal(a, b), place
@@ -92,14 +93,14 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
             assert_same(a[key], b[key], f"{place}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), place
-        for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            assert_same(one, other, f"{place}[{i}]")
+        for i, (first, second) in enumerate(zip(a, b, strict=True)):
+            assert_same(first, second, f"{place}[{i}]")
     else:
         assert a == b, place
 
 
 @pytest.mark.slow
-def test_learns_digits(tmp_path: Path) -> None:
+def test_it_learns_digits(tmp_path: Path) -> None:
     engine = make(tmp_path, 160, SGD, checkpoint_seconds=60.0)
     test = load_images(DATA, "test")
     before = accuracy(engine.model, evaluation_batches(test, 128))
@@ -108,7 +109,7 @@ def test_learns_digits(tmp_path: Path) -> None:
     assert accuracy(engine.model, evaluation_batches(test, 128)) > 0.8
 
 
-def test_schedule_by_hand() -> None:
+def test_the_schedule_by_hand() -> None:
     """10 % of 40 steps of warm-up: 1/5, 2/5, 3/5, 4/5; then half a cosine from 1 to 0."""
     assert [lr_factor(step, 40, 0.1) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert lr_factor(4, 40, 0.1) == 1.0
@@ -120,7 +121,7 @@ def test_schedule_by_hand() -> None:
     assert steps_of(0.001, 100, 32) == 1
 
 
-def test_learning_rate_follows_the_schedule_and_the_batch(tmp_path: Path) -> None:
+def test_the_learning_rate_follows_the_schedule_and_the_batch_size(tmp_path: Path) -> None:
     engine = make(tmp_path, 40, OptimizerConfig(name="sgd", lr=0.8, options={}, warmup=0.1))
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     for step, factor in ((0, 0.2), (4, 1.0), (22, 0.5)):
@@ -132,8 +133,8 @@ def test_learning_rate_follows_the_schedule_and_the_batch(tmp_path: Path) -> Non
 
 
 def test_one_step_of_sgd_by_hand(tmp_path: Path) -> None:
-    """w <- w - lr (dL/dw + wd w), biases and norms without decay; label smoothing as
-    the formula.
+    """w <- w - lr (dL/dw + wd w), with no decay of biases and norms; label smoothing by
+    its formula.
     """
     model = nn.Linear(4, 3)
     start, bias = model.weight.detach().clone(), model.bias.detach().clone()
@@ -161,8 +162,8 @@ def test_one_step_of_sgd_by_hand(tmp_path: Path) -> None:
     assert torch.allclose(model.bias, bias.double() - 0.1 * gradient.sum(0))
 
 
-def test_what_is_decayed(tmp_path: Path) -> None:
-    """Convolutions are; biases, norms and the classifier are not (TuNAS)."""
+def test_only_convolutions_are_decayed(tmp_path: Path) -> None:
+    """Biases, norms and the classifier are not, as in TuNAS."""
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     states = []
     for decay in (0.0, 0.5):
@@ -180,7 +181,7 @@ def test_what_is_decayed(tmp_path: Path) -> None:
     assert len(decayed) == 8
 
 
-def test_clipping(tmp_path: Path) -> None:
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     moved = []
     for clip in (None, 1e-3):
@@ -206,8 +207,8 @@ def test_clipping(tmp_path: Path) -> None:
 
 
 def test_moving_average_by_hand(tmp_path: Path) -> None:
-    """average <- d average + (1 - d) w, with timm's warm-up d = min(decay, 1 - (1 +
-    t)^(-2/3)), t = step - 1, d = 0 up to t = 0.
+    """average <- d average + (1 - d) w, with timm's warm-up
+    d = min(decay, 1 - (1 + t)^(-2/3)), t = step - 1, and d = 0 while t <= 0.
     """
     engine = make(tmp_path, 12, SGD, ema_decay=0.6)
     expected = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
@@ -236,8 +237,8 @@ def test_moving_average_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "sgd", "adamw"])
-def test_resumed_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
-    """30 steps straight, and 30 steps killed in the 14th and in the 20th."""
+def test_a_resumed_run_is_the_same_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    """30 uninterrupted steps, and 30 steps killed in the 14th and in the 20th."""
     config = (
         RMSPROP
         if optimizer == "rmsproptf"
@@ -268,13 +269,15 @@ def test_resumed_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     assert last < first
 
 
-def test_resume_drops_metrics_behind_the_checkpoint(tmp_path: Path) -> None:
-    """A checkpoint may be older than the log; the steps in between are done and logged again."""
+def test_resuming_drops_metrics_newer_than_the_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint may be older than the log; the steps in between are repeated and
+    logged again.
+    """
 
     class Interrupting(Progress):
         @contextmanager
         def task(self, description: str, total: int, done: int = 0) -> Any:
-            class Bar(Task):
+            class Bar(ProgressBar):
                 def advance(self, steps: int = 1, note: str = "") -> None:
                     nonlocal done
                     done += steps
@@ -343,21 +346,21 @@ def refused(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_truncated_checkpoint(part: float, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_refused(part: float, tmp_path: Path) -> None:
     engine = checkpoint(tmp_path)
     content = engine.checkpoint.read_bytes()
     engine.checkpoint.write_bytes(content[: int(part * len(content))])
     refused(engine)
 
 
-def test_corrupt_checkpoint(tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_refused(tmp_path: Path) -> None:
     engine = checkpoint(tmp_path)
     for content in (b"hello", b"PK\x03\x04" + bytes(200), bytes(1000)):
         engine.checkpoint.write_bytes(content)
         refused(engine)
 
 
-def test_checkpoint_of_something_else(tmp_path: Path) -> None:
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     engine = checkpoint(tmp_path)
     good = torch.load(engine.checkpoint, weights_only=True)
     other = nn.Linear(3, 3).state_dict()
@@ -396,7 +399,7 @@ def test_a_pickled_object_is_refused(tmp_path: Path) -> None:
         assert Trap.sprung is False
 
 
-def test_unknown_optimiser_and_option(tmp_path: Path) -> None:
+def test_unknown_optimisers_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sgdd"):
         make(tmp_path, optimizer=OptimizerConfig(name="sgdd", options={}))
     with pytest.raises(ConfigError, match="alhpa"):
@@ -404,7 +407,7 @@ def test_unknown_optimiser_and_option(tmp_path: Path) -> None:
 
 
 class Counter:
-    """A stateful part beside the weights."""
+    """State besides the weights."""
 
     def __init__(self) -> None:
         self.values = torch.zeros(3)
@@ -417,7 +420,7 @@ class Counter:
         self.values = state["values"]
 
 
-def test_extra_state_travels(tmp_path: Path) -> None:
+def test_extra_state_is_saved_and_restored(tmp_path: Path) -> None:
     counter = Counter()
     engine = make(tmp_path, extra={"counter": counter})
     counter.values += 4
@@ -448,7 +451,7 @@ def test_accuracy_counts_images_not_batches(tmp_path: Path) -> None:
 
 
 class Either(nn.Module):
-    """Two layers, of which a pass uses one."""
+    """Two layers, of which each pass uses one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -489,16 +492,18 @@ def either(folder: Path, inactive_weights: str, stop_at: int | None = None) -> l
             raise Stopped
         return engine.optimizer_step([Microbatch(x_NF, y, (USED[number],))])
 
-    engine.to_device = lambda *batch: batch  # type: ignore[method-assign]  # these are no images
+    engine.to_device = lambda *batch: batch  # type: ignore[method-assign]  # these are not images
     engine.resume()
     engine.fit(step, Progress(), "training")
     return [layer.weight.detach().clone() for layer in engine.model.layers]
 
 
 @pytest.mark.parametrize("inactive_weights", ["frozen", "decay"])
-def test_weights_that_a_step_does_not_use(inactive_weights: str, tmp_path: Path) -> None:
-    """They rest, or momentum and decay go on: against torch's own optimiser, with
-    gradients of zero. Killed and resumed, the same.
+def test_weights_that_a_step_does_not_use_stay_or_decay(
+    inactive_weights: str, tmp_path: Path
+) -> None:
+    """They stay as they are, or momentum and decay continue as in torch's own optimiser
+    with zero gradients. A killed and resumed run gives the same weights.
     """
     model = Either()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.1)
@@ -514,18 +519,18 @@ def test_weights_that_a_step_does_not_use(inactive_weights: str, tmp_path: Path)
         optimizer.param_groups[0]["lr"] = 0.2 * lr_factor(number, len(USED), 0.0)
         optimizer.step()
     expected = [layer.weight.detach() for layer in model.layers]
-    found = either(tmp_path / "straight", inactive_weights)
-    for a, b in zip(found, expected, strict=True):
+    weights = either(tmp_path / "straight", inactive_weights)
+    for a, b in zip(weights, expected, strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(Stopped):
         either(tmp_path / "killed", inactive_weights, stop_at=3)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(either(tmp_path / "killed", inactive_weights), found, strict=True)
+        for a, b in zip(either(tmp_path / "killed", inactive_weights), weights, strict=True)
     )
 
 
-def test_unused_weights_cannot_move_on_without_momentum(tmp_path: Path) -> None:
+def test_inactive_weights_cannot_decay_without_momentum(tmp_path: Path) -> None:
     optimizer = OptimizerConfig(name="momentum", momentum=0.0, options={}, inactive_weights="decay")
     x_NCHW, y = next(training_batches(load_images(DATA, "train"), 32, seed=0, steps=range(0, 1)))
     with pytest.raises(
@@ -535,7 +540,7 @@ def test_unused_weights_cannot_move_on_without_momentum(tmp_path: Path) -> None:
 
 
 def test_every_step_and_every_seed_draws_its_own_dropout_masks(tmp_path: Path) -> None:
-    """And a step that is done again draws the same ones."""
+    """And a repeated step draws the same ones."""
 
     def drawn(folder: str, seed: int) -> list[list[float]]:
         engine = make(tmp_path / folder, steps=4)

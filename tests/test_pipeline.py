@@ -1,14 +1,11 @@
-"""All stages on a small experiment: what is skipped, what is redone, and what a SIGKILL
-changes (nothing).
+"""All stages on a small experiment: what is skipped, what is redone, and that a SIGKILL
+changes nothing.
 """
 
 from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, JsonLines, StageManifest, stage
 from hwnas.search.result import SearchResult
 from hwnas.verdict import Verdict
+from tests.commands import Command
 from tests.conftest import write_tiny
 
 LASTING = ("profile/table.json", "search/arch.json", "search/search.json", "search/supernet.safetensors", "train/model.safetensors",
@@ -38,13 +36,13 @@ LASTING = ("profile/table.json", "search/arch.json", "search/search.json", "sear
 
 
 class Lines(Progress):
-    """Keeps what a run says."""
+    """Keeps the messages of a run."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def info(self, message: str) -> None:
-        self.said.append(message)
+        self.messages.append(message)
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -58,11 +56,11 @@ def test_an_interrupted_stage_says_that_it_resumes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), stage(folder, "search", inputs, ["arch.json"]):
         raise KeyboardInterrupt
     assert pipeline.prepare_work("search", inputs, fresh=False)
-    assert lines.said == ["search: resumes"]
+    assert lines.messages == ["search: resumes"]
 
 
 @pytest.mark.slow
-def test_every_stage_ran_and_agrees(finished_run: Path) -> None:
+def test_every_stage_ran_and_their_results_agree(finished_run: Path) -> None:
     for name in STAGES:
         assert StageManifest.load(finished_run / name / MANIFEST).state == "done"
     result = SearchResult.load(finished_run / "search" / "search.json")
@@ -91,7 +89,7 @@ def test_a_second_run_skips_everything(finished_run: Path, tmp_path: Path) -> No
     }
     lines = Lines()
     Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run()
-    assert lines.said == [f"{name}: up to date, skipped" for name in STAGES]
+    assert lines.messages == [f"{name}: up to date, skipped" for name in STAGES]
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -102,7 +100,7 @@ def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_
     experiment = load_experiment(finished_run.parent / "tiny.toml", ["train.epochs=1"])
     lines = Lines()
     Pipeline(experiment, run, lines).run()
-    assert [line for line in lines.said if "skipped" in line] == [
+    assert [line for line in lines.messages if "skipped" in line] == [
         "profile: up to date, skipped",
         "search: up to date, skipped",
     ]
@@ -114,12 +112,12 @@ def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_
     )
 
 
-def test_folders_that_were_evaluated_on_another_geometry_are_stale(tmp_path: Path) -> None:
-    """A key of its own tells their stages from those of before; others keep the inputs
-    that they had.
+def test_folders_that_were_evaluated_on_a_centre_crop_are_stale(tmp_path: Path) -> None:
+    """Earlier versions did so without the imagenet augmentation. An extra input makes
+    those stages stale; others keep the inputs that they had.
     """
     config = write_tiny(tmp_path)
-    found = {}
+    inputs = {}
     for name, augment in (
         ("digits", "crop"),
         ("folder", "imagenet"),
@@ -127,17 +125,17 @@ def test_folders_that_were_evaluated_on_another_geometry_are_stale(tmp_path: Pat
         ("folder", "none"),
     ):
         overrides = [f"data.name={name}", f"data.augment={augment}", f"data.path={tmp_path}"]
-        found[name, augment] = set(
+        inputs[name, augment] = set(
             Pipeline(
                 load_experiment(config, overrides), tmp_path / "run", Progress()
             ).folder.hashes_of_data()
         )
-    before = {"data", "images"}
-    assert found == {
-        ("digits", "crop"): before,
-        ("folder", "imagenet"): before,
-        ("folder", "crop_flip"): {*before, "geometry"},
-        ("folder", "none"): {*before, "geometry"},
+    common = {"data", "images"}
+    assert inputs == {
+        ("digits", "crop"): common,
+        ("folder", "imagenet"): common,
+        ("folder", "crop_flip"): {*common, "geometry"},
+        ("folder", "none"): {*common, "geometry"},
     }
 
 
@@ -194,7 +192,7 @@ def test_a_published_network_needs_no_search_and_no_table(tmp_path: Path) -> Non
     )
 
 
-def test_an_architecture_of_the_space_is_named_in_its_notation(tmp_path: Path) -> None:
+def test_an_architecture_can_be_given_in_the_notation_of_the_space(tmp_path: Path) -> None:
     cell = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
     overrides = [
         f"train.arch='{cell}'",
@@ -216,8 +214,10 @@ def test_an_architecture_of_the_space_is_named_in_its_notation(tmp_path: Path) -
         Pipeline(wrong, tmp_path / "other", Progress())
 
 
-def test_cells_of_nasbench101_and_positions_are_trained(tmp_path: Path) -> None:
-    """Its space prices nothing by choice, so neither the plan nor the report may ask for that."""
+def test_nasbench101_cells_train_and_positions_name_an_architecture(tmp_path: Path) -> None:
+    """NAS-Bench-101's space has no cost per choice, so neither the plan nor the report
+    may ask for it.
+    """
     cell = """'{"matrix": [[0, 1, 0], [0, 0, 1], [0, 0, 0]], "ops": ["input", "conv1x1-bn-relu", "output"]}'"""
     overrides = [
         "space.name=nasbench101",
@@ -262,13 +262,17 @@ def test_a_tampered_output_is_redone(finished_run: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_deleted_super_net_is_trained_again(finished_run: Path, tmp_path: Path) -> None:
-    """Other runs may name it by ``search.weights``, so a search without it is not current."""
+    """Other runs may refer to it by ``search.weights``, so a search without it is not
+    up to date.
+    """
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     (run / "search" / "shared.safetensors").unlink()
     lines = Lines()
     Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, lines).run_stage("search")
-    assert lines.said[0] == "search: inputs changed; the earlier results are now in search.old-1"
+    assert (
+        lines.messages[0] == "search: inputs changed; the earlier results are now in search.old-1"
+    )
     manifest = StageManifest.load(run / "search" / MANIFEST)
     assert manifest.state == "done" and manifest.outputs["shared.safetensors"] == file_sha256(
         run / "search" / "shared.safetensors"
@@ -276,10 +280,10 @@ def test_a_deleted_super_net_is_trained_again(finished_run: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(
+def test_a_search_with_a_trained_super_net_stores_none_and_is_up_to_date(
     finished_run: Path, tmp_path: Path
 ) -> None:
-    """It notices when that super-net changes."""
+    """It also notices when that super-net changes."""
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished_run, other)
     finder = "search.finder={name = 'random', architectures = 3}"
@@ -293,7 +297,7 @@ def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(
     Pipeline(experiment, run, Progress()).run_stage("search")
     assert not (run / "search" / "shared.safetensors").exists()
     Pipeline(experiment, run, lines := Lines()).run_stage("search")
-    assert lines.said == ["search: up to date, skipped"]
+    assert lines.messages == ["search: up to date, skipped"]
     supernet = load_supernet(
         other / "search" / "shared.safetensors", load_space(str(finished_run.parent / "space.json"))
     )
@@ -301,11 +305,11 @@ def test_a_search_with_a_trained_super_net_has_none_of_its_own_and_is_current(
         supernet.classifier.bias.add_(0.5)
     supernet.save(other / "search" / "shared.safetensors")
     Pipeline(experiment, run, lines := Lines()).run_stage("search")
-    assert lines.said[0].startswith("search: inputs changed")
+    assert lines.messages[0].startswith("search: inputs changed")
 
 
 @pytest.mark.slow
-def test_a_proxys_weights_do_not_start_a_training(finished_run: Path, tmp_path: Path) -> None:
+def test_a_proxys_weights_cannot_initialise_training(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     for proxy in ("proxy_depth=1", "proxy_width=0.5"):
@@ -341,7 +345,7 @@ def test_a_proxys_weights_do_not_start_a_training(finished_run: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_other_images_make_the_stages_that_read_them_run_again(
+def test_changed_images_make_the_stages_that_read_them_run_again(
     finished_run: Path, tmp_path: Path
 ) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
@@ -365,10 +369,10 @@ def test_other_images_make_the_stages_that_read_them_run_again(
         lines = Lines()
         Pipeline(experiment, run, lines).run_stage("profile")
         Pipeline(experiment, run, lines).run_stage("search")
-        assert lines.said[0] == "profile: up to date, skipped"
-        assert lines.said[1].startswith(expected)
+        assert lines.messages[0] == "profile: up to date, skipped"
+        assert lines.messages[1].startswith(expected)
     Pipeline(experiment, run, lines := Lines()).run_stage("search")
-    assert lines.said == ["search: up to date, skipped"]
+    assert lines.messages == ["search: up to date, skipped"]
 
 
 def lines_in(path: Path, count: int) -> Callable[[], bool]:
@@ -380,13 +384,13 @@ def started(folder: Path) -> Callable[[], bool]:
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_it_ends_the_same(finished_run: Path, tmp_path: Path) -> None:
-    """One run, killed with SIGKILL once in the middle of each stage, against the
-    undisturbed one.
+def test_a_run_killed_in_every_stage_ends_the_same(finished_run: Path, tmp_path: Path) -> None:
+    """One run, killed with SIGKILL in the middle of each stage, against one that was
+    not. The delay slows the simulated device down, so that there is time to kill it.
     """
     config = write_tiny(tmp_path, delay_ms=4)
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "hwnas", "run", str(config), "--out", str(run), "-q"]
+    arguments = ["run", str(config), "--out", str(run), "-q"]
     moments = {
         "profile": lines_in(run / "profile" / "samples.jsonl", 20),
         "search": lines_in(run / "search" / "metrics.jsonl", 20),
@@ -396,19 +400,14 @@ def test_killed_in_every_stage_it_ends_the_same(finished_run: Path, tmp_path: Pa
         "report": started(run / "report"),
     }
     for name, reached in moments.items():
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 180
-        while not reached() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, (
-            f"{name} was over before it could be killed: {errors.decode()}"
+        command = Command(arguments)
+        assert command.kill_once(reached) == -signal.SIGKILL, (
+            f"{name} was over before it could be killed: {command.stderr}"
         )
         assert StageManifest.load(run / name / MANIFEST).state == "started", (
             f"{name} was over before it could be killed"
         )
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert Command(arguments).wait() == 0
     assert StageManifest.load(run / "report" / MANIFEST).state == "done"
     assert hashes(run) == hashes(finished_run)
     assert not list(tmp_path.rglob("*.old-*")) and list(run.rglob(".*")) == [run / ".lock"]

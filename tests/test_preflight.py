@@ -1,4 +1,6 @@
-"""What is wrong is said before the device is touched, and what the data say need not be set."""
+"""Mistakes are reported before the device is touched, and what the data determine need
+not be set.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ GREY = {"channels": 1, "resolution": 8}
 
 
 def write_folder(root: Path, classes: dict[str, tuple[str, ...]]) -> Path:
-    """Grey images, three of every class of each part."""
+    """Write greyscale images, three for each class of each part."""
     rng = np.random.default_rng(0)
     for part, names in classes.items():
         for name in names:
@@ -45,7 +47,7 @@ def write_npz(root: Path, classes: int, test_classes: int | None = None, channel
     return root
 
 
-def test_classes_are_counted_where_they_are_not_set(tmp_path: Path) -> None:
+def test_classes_are_counted_if_they_are_not_set(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path / "folder", {"train": ("ant", "bee", "cat"), "val": ("ant", "bee", "cat")}
     )
@@ -64,7 +66,7 @@ def test_classes_are_counted_where_they_are_not_set(tmp_path: Path) -> None:
     assert with_classes(DataConfig(name="digits")).classes == 10
 
 
-def test_the_space_has_the_classes_that_were_counted(tmp_path: Path) -> None:
+def test_the_space_gets_the_counted_number_of_classes(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "npz", 5, channels=3)
     pipeline = Pipeline(
         load_experiment(None, ["data.name=npz", f"data.path={path}"]), tmp_path, Progress()
@@ -81,7 +83,7 @@ def test_the_space_has_the_classes_that_were_counted(tmp_path: Path) -> None:
         Pipeline(load_experiment(None, ["data.name=npz"]), tmp_path, Progress())
 
 
-def test_defaults_follow_what_else_is_set() -> None:
+def test_defaults_follow_the_other_settings() -> None:
     assert load_experiment(None, ["task=detect", "data.name=coco"]).data.augment == "ssdlite"
     assert (
         load_experiment(None, ["task=detect", "data.name=coco", "data.augment=none"]).data.augment
@@ -96,7 +98,7 @@ def test_defaults_follow_what_else_is_set() -> None:
 
 
 def refused(tmp_path: Path, *overrides: str) -> str:
-    """What a run is refused for; no device was touched before."""
+    """The message with which a run is refused, before any device is touched."""
     experiment = load_experiment(write_tiny(tmp_path / "tiny"), ["data.augment=none", *overrides])
     with pytest.raises(UserError) as caught:
         Pipeline(experiment, tmp_path / "run", Progress()).run()
@@ -133,7 +135,7 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ),
     ],
 )
-def test_what_a_later_stage_cannot_work_with_is_refused_at_once(
+def test_settings_that_a_later_stage_cannot_use_are_refused_at_once(
     tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     try:
@@ -142,22 +144,25 @@ def test_what_a_later_stage_cannot_work_with_is_refused_at_once(
         assert message in str(error)
 
 
-def test_splits_that_do_not_agree_are_refused_at_once(tmp_path: Path) -> None:
-    apart = write_folder(tmp_path / "apart", {"train": ("ant", "bee"), "val": ("ant", "cow")})
-    of_space = ["space.name=mobile32", "data.resolution=32"]
+def test_data_that_contradict_each_other_or_the_settings_are_refused_at_once(
+    tmp_path: Path,
+) -> None:
+    different = write_folder(tmp_path / "apart", {"train": ("ant", "bee"), "val": ("ant", "cow")})
+    space = ["space.name=mobile32", "data.resolution=32"]
     assert "differ in classes (bee, cow)" in refused(
-        tmp_path, *of_space, "data.name=folder", f"data.path={apart}"
+        tmp_path, *space, "data.name=folder", f"data.path={different}"
     )
     alike = write_folder(
         tmp_path / "alike", {"train": ("ant", "bee", "cow"), "val": ("ant", "bee", "cow")}
     )
-    said = refused(tmp_path, *of_space, "data.name=folder", f"data.path={alike}", "data.classes=4")
+    message = refused(tmp_path, *space, "data.name=folder", f"data.path={alike}", "data.classes=4")
     assert (
-        "has 3 class folders in train, but data.classes = 4: set it to 3, or leave it out" in said
+        "has 3 class folders in train, but data.classes = 4: set it to 3, or leave it out"
+        in message
     )
     missing = write_folder(tmp_path / "missing", {"train": ("ant", "bee")})
     assert "val does not exist: lay the images out as val/<class>/<image>" in refused(
-        tmp_path, *of_space, "data.name=folder", f"data.path={missing}"
+        tmp_path, *space, "data.name=folder", f"data.path={missing}"
     )
     path = write_npz(tmp_path / "npz", 10, test_classes=12)
     assert "labels 0 to 11, but data.classes = 10" in refused(
@@ -169,7 +174,7 @@ def test_splits_that_do_not_agree_are_refused_at_once(tmp_path: Path) -> None:
     )
 
 
-def test_a_space_document_says_how_many_classes_there_are(tmp_path: Path) -> None:
+def test_the_number_of_classes_comes_from_a_space_document(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "npz", 4)
     experiment = load_experiment(
         write_tiny(tmp_path / "tiny"), ["data.name=npz", f"data.path={path}"]
@@ -179,7 +184,7 @@ def test_a_space_document_says_how_many_classes_there_are(tmp_path: Path) -> Non
     assert pipeline.experiment.data.classes == pipeline.space.classes == 10
 
 
-def test_an_empty_file_of_arrays_is_a_sentence(tmp_path: Path) -> None:
+def test_arrays_whose_classes_cannot_be_counted_are_refused(tmp_path: Path) -> None:
     path = write_npz(tmp_path, 5)
     np.savez(path / "train.npz", x=np.zeros((0, 8, 8, 1), np.uint8), y=np.zeros(0, np.int64))
     with pytest.raises(
@@ -195,8 +200,8 @@ def test_an_empty_file_of_arrays_is_a_sentence(tmp_path: Path) -> None:
         )
 
 
-def test_an_optimiser_without_a_state_cannot_move_what_is_unused() -> None:
-    """Before the profile, not at the first step."""
+def test_an_optimiser_without_state_cannot_decay_inactive_weights() -> None:
+    """Checked before the profile, not at the first step."""
     overrides = [
         "search.optimizer.name=momentum",
         "search.optimizer.momentum=0.0",

@@ -1,13 +1,11 @@
-"""Every command in the README and in docs/ runs as written, only shorter where the real
-thing takes minutes; every link leads somewhere.
+"""Every command in the README and in docs/ runs as written, or shortened if it would
+take minutes; every link leads somewhere.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import LatencyTable
 from hwnas.experiments import experiment_space
 from hwnas.search.stage import search_context
+from tests.commands import run
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -32,32 +31,20 @@ SHORTER = (
 
 
 def commands() -> list[list[str]]:
-    """The ``hwnas`` commands in indented blocks, comments cut off, two to a line in the
-    table of commands.
+    """The ``hwnas`` commands in indented blocks, without comments. The table of
+    commands has two to a line.
     """
-    found = []
+    words = []
     for line in "\n".join(page.read_text() for page in PAGES).splitlines():
         if line.startswith("    ") and "hwnas " in line:
             for part in re.split(r"\s{3,}(?=hwnas )", line.strip()):
-                found.append(shlex.split(re.split(r"\s{3,}", part)[0], comments=True))
-    return found
-
-
-def run(arguments: list[str], where: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "hwnas", *arguments],
-        cwd=where,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+                words.append(shlex.split(re.split(r"\s{3,}", part)[0], comments=True))
+    return words
 
 
 def timed_networks(folder: Path) -> None:
-    """What the command that fits a table reads: the table that was profiled before, and
-    five networks as if they had been timed.
+    """Write what the command that fits a table reads: the table profiled by an earlier
+    command, and five networks with made-up timings.
     """
     table = LatencyTable.load(folder / "runs/profile-224/profile/table.json")
     table.save(folder / "other.json")
@@ -81,7 +68,7 @@ def test_every_verb_is_listed() -> None:
 
 @pytest.mark.slow
 def test_the_commands_run(tmp_path: Path) -> None:
-    """In the order of the pages, in an empty folder beside a link to the
+    """In the order of the pages, in a folder that is empty but for a link to the
     configurations, as in a checkout.
     """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -91,19 +78,19 @@ def test_the_commands_run(tmp_path: Path) -> None:
         # the synopsis: its verbs are checked above
         if "CONFIG" in text or "TABLE" in text or "[" in text:
             continue
-        # needs those photographs: tests/train trains detectors on others
+        # needs those photographs; tests/train trains detectors on other images
         if "data/raccoon" in text:
             continue
-        # needs a reader's own, whose classes are counted: tests/data does it with others
+        # needs the reader's photographs, whose classes are counted, as in tests/data
         if "path=~/photos" in text:
             continue
-        # needs a finished run and a phone's table: tests/search/test_stage.py does it with both
+        # needs a finished run and a phone's table; tests/search/test_stage.py has both
         if "search.weights" in text:
             continue
-        # needs CIFAR-10, its accuracies and an hour: tests/study does it on digits
+        # needs CIFAR-10, its accuracies and an hour; tests/study does it on digits
         if "study.truth" in text:
             continue
-        # needs a board or a phone: tests/devices has both; here, that the configuration is accepted
+        # needs a board or a phone (see tests/devices); a plan checks the settings
         if "device.name" in text:
             command = [command[0], "run", *command[2:], "--plan", "-q"]
         elif text.startswith("profile"):
@@ -112,7 +99,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
             timed_networks(tmp_path)
         elif text.startswith("run") and "--plan" not in text:
             command += ["--plan", "-q"]
-        output = run(command[1:], tmp_path)
+        output = run(command[1:], tmp_path).stdout
         ran += 1
         if text.startswith("space"):
             assert "72 of 72 ops" in output
@@ -127,7 +114,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 12_000, (
-        "what a newcomer needs; the rest belongs into docs/"
+        "it has what a newcomer needs; the rest belongs in docs/"
     )
 
 
@@ -136,8 +123,8 @@ def test_no_placeholder_is_left() -> None:
         assert not re.search(r"\b[A-Z]+_(TABLE|ROWS?)\b|TODO|TBD", document.read_text()), document
 
 
-def test_the_budget_and_the_limit_of_the_readme_can_be_met() -> None:
-    """But for the latency limit, whose table is a reader's own."""
+def test_the_budget_and_the_limits_in_the_readme_can_be_met() -> None:
+    """Except the latency limit, whose table is the reader's own."""
     [block] = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     search = tomllib.loads(block)["search"]
     limits = [limit for limit in search["limits"] if limit["kind"] != "latency"]

@@ -1,5 +1,5 @@
-"""Plug-ins by name: lazily imported, never overwritten, misspelt names answered with
-the nearest.
+"""Plug-ins by name: they are imported lazily and never overwritten, and a misspelt name
+gets the nearest one as a hint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def test_a_name_stands_for_an_attribute_of_a_module() -> None:
     assert list(registry) == ["join", "ordered"]
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_an_unknown_name_gets_the_nearest_as_a_hint() -> None:
     registry = Registry("strategy", {"tunas": "a:b", "random": "a:c"})
     with pytest.raises(ConfigError, match=r"unknown strategy 'tuna'; did you mean 'tunas'\?"):
         registry.get("tuna")
@@ -32,7 +32,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         registry.get("zzz")
 
 
-def test_nothing_is_overwritten_in_silence() -> None:
+def test_nothing_is_overwritten_silently() -> None:
     registry = Registry("thing", {"a": "m:x"})
     registry.register("a", "m:x")
     registry.register("b", "collections:OrderedDict")
@@ -57,7 +57,7 @@ assert "wave" in sys.modules
 
 
 def test_third_parties_register_by_entry_point(tmp_path: Path) -> None:
-    """A real installed distribution, as pip leaves it behind."""
+    """With a real distribution, installed as pip would leave it."""
     (tmp_path / "acme_nas.py").write_text("class Mine:\n    pass\n")
     info = tmp_path / "acme_nas-1.0.dist-info"
     info.mkdir()
@@ -77,7 +77,7 @@ assert "tunas" in list(STRATEGIES)
 @pytest.mark.parametrize(
     "registry", [STRATEGIES, DATASETS, CONNECTIONS], ids=lambda registry: registry.noun
 )
-def test_every_built_in_plugin_can_be_imported(registry: Registry) -> None:
+def test_every_built_in_plug_in_can_be_imported(registry: Registry) -> None:
     assert list(registry)
     for name in registry:
         assert callable(registry.get(name))
@@ -95,7 +95,7 @@ def test_every_built_in_plugin_can_be_imported(registry: Registry) -> None:
         ),
     ],
 )
-def test_a_plug_in_that_is_wrong_is_named(
+def test_a_faulty_plug_in_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
 ) -> None:
     (tmp_path / "their_module.py").write_text(source)

@@ -1,5 +1,5 @@
-"""Run folders: what is current, what goes on, what starts anew, and that nothing
-earlier is lost.
+"""Run folders: which stages are up to date, which resume, which start over, and that
+nothing earlier is lost.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_a_finished_stage_is_done(tmp_path: Path) -> None:
     }
 
 
-def test_an_interrupted_stage_goes_on_with_its_files(tmp_path: Path) -> None:
+def test_an_interrupted_stage_resumes_with_its_files(tmp_path: Path) -> None:
     folder = interrupted(tmp_path / "search")
     assert state_of(folder, INPUTS) == "resume"
     with stage(folder, "search", INPUTS, ["arch.json"]):
@@ -104,7 +104,7 @@ def test_tampered_or_missing_outputs_make_a_stage_stale(tmp_path: Path) -> None:
     assert state_of(folder, INPUTS) == "stale"
 
 
-def test_files_without_a_manifest_are_nobodys_and_stale(tmp_path: Path) -> None:
+def test_files_without_a_manifest_are_stale(tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "arch.json").write_text("whose?")
     assert state_of(tmp_path / "search", INPUTS) == "stale"
@@ -127,7 +127,7 @@ def test_an_output_that_was_not_written_leaves_the_stage_unfinished(tmp_path: Pa
     assert state_of(tmp_path / "s", INPUTS) == "resume"
 
 
-def test_setting_aside_counts_up_and_keeps_everything(tmp_path: Path) -> None:
+def test_setting_aside_numbers_the_folders_and_keeps_everything(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         folder = finished(tmp_path / "search", {**INPUTS, "table.json": f"new {number}"})
         assert set_aside(folder) == tmp_path / f"search.old-{number}"
@@ -139,7 +139,7 @@ def test_setting_aside_counts_up_and_keeps_everything(tmp_path: Path) -> None:
     assert not (tmp_path / "search").exists()
 
 
-def test_a_run_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_run_folder_is_for_one_process_at_a_time(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
         pytest.raises(UserError, match="another hwnas is running"),
@@ -150,7 +150,7 @@ def test_a_run_folder_is_one_process_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_setting_aside_says_where_to(tmp_path: Path) -> None:
+def test_setting_aside_returns_the_new_place_or_says_why_it_failed(tmp_path: Path) -> None:
     (tmp_path / "train.old-1").mkdir()
     folder = finished(tmp_path / "train")
     assert set_aside(folder) == tmp_path / "train.old-2"
@@ -241,7 +241,7 @@ def test_a_file_cut_off_anywhere_gives_its_complete_lines_and_can_be_appended_to
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(garbage=st.binary(max_size=30))
-def test_garbage_in_a_file_is_left_out(
+def test_garbage_in_a_file_is_skipped(
     tmp_path_factory: pytest.TempPathFactory, garbage: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "garbage.jsonl"
@@ -249,7 +249,7 @@ def test_garbage_in_a_file_is_left_out(
     assert JsonLines(path).read() == [{"step": 0}, {"step": 1}]
 
 
-def test_what_the_body_raises_is_not_said_to_be_the_log(tmp_path: Path) -> None:
+def test_an_error_of_the_body_is_not_reported_as_one_of_the_log(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "m.jsonl")
     with pytest.raises(FileNotFoundError, match="an image"), lines.appending() as append:
         append(ROWS[0])
@@ -257,7 +257,7 @@ def test_what_the_body_raises_is_not_said_to_be_the_log(tmp_path: Path) -> None:
     assert lines.read() == ROWS[:1]
 
 
-def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(StorageError, match=r"m\.jsonl cannot be written"),
@@ -266,6 +266,7 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
+# A limit on the size of files stands in for a full disk, and needs no root.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path

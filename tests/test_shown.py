@@ -1,10 +1,10 @@
-"""``hwnas space``: the run's own space, and published networks priced by its own profile."""
+"""``hwnas space``: a run's own space, and published networks with the latencies that
+its own profile predicts.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,18 +22,12 @@ from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.shown import shown_space
 from hwnas.testing import synthetic_table
+from tests.commands import run
 from tests.conftest import write_tiny
 
 
 def hwnas(*arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "hwnas", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run([str(argument) for argument in arguments]).stdout
 
 
 def named(config: Path, *names: str) -> list[str]:
@@ -51,7 +45,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_plan_holds_the_networks_ops_and_they_are_priced(profiled: Path) -> None:
+def test_the_profile_includes_the_named_networks_ops(profiled: Path) -> None:
     table = LatencyTable.load(profiled / "profile" / "table.json")
     for name in ("mobilenet_v2", "mobilenet_v3_small-w0.5"):
         arch = published(name, resolution=8, classes=10, in_channels=1)
@@ -73,19 +67,19 @@ def test_a_run_folder_is_shown_with_its_own_space_and_table(profiled: Path) -> N
     text = hwnas("space", profiled)
     space = Pipeline(load_experiment(profiled.parent / "tiny.toml"), profiled, Progress()).space
     assert f"coverage     {len(space.ops)} of {len(space.ops)} ops in table simulated" in text
-    found = json.loads(hwnas("space", profiled, "--json"))
-    assert (found["covered"], found["ops"], found["missing"]) == (
+    shown = json.loads(hwnas("space", profiled, "--json"))
+    assert (shown["covered"], shown["ops"], shown["missing"]) == (
         len(space.ops),
         len(space.ops),
         [],
     )
-    assert [network["name"] for network in found["networks"]] == [
+    assert [network["name"] for network in shown["networks"]] == [
         "mobilenet_v2",
         "mobilenet_v3_small-w0.5",
     ]
 
 
-def test_the_end_of_a_profile_says_what_the_networks_would_take(tmp_path: Path) -> None:
+def test_a_profile_ends_with_the_predicted_latency_of_the_networks(tmp_path: Path) -> None:
     class Heard(Progress):
         lines: list[str] = []
 
@@ -100,45 +94,46 @@ def test_the_end_of_a_profile_says_what_the_networks_would_take(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_an_experiment_is_covered_against_the_space_of_its_data_and_overrides(
+def test_coverage_is_that_of_the_space_after_data_and_overrides(
     tmp_path: Path,
 ) -> None:
     overrides = ["space.width=0.5", "data.resolution=48", "data.classes=7", "space.act=hswish"]
     space = mobile32(resolution=48, classes=7, act="hswish", width=0.5)
     synthetic_table(space).save(tmp_path / "table.json")
-    grey_no_more = ["data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"]
-    flags = [part for each in (*overrides, *grey_no_more) for part in ("-s", each)]
+    colour = ["data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"]
+    flags = [part for override in (*overrides, *colour) for part in ("-s", override)]
     text = hwnas("space", "configs/quickstart.toml", tmp_path / "table.json", *flags)
     assert f"coverage     {len(space.ops)} of {len(space.ops)} ops" in text
     assert shown_space("mobile32", overrides).space == space
     assert shown_space("proxylessnas", ["space.width=0.5"]).space.resolution == 224
     plain = hwnas("space", "mobile32", tmp_path / "table.json")
     assert (
-        "has ops of 48 px, this space of 32 px; of 7 classes, this space of 10 classes; of hswish"
-        " activations, this space of relu" in plain
+        "has ops for 48 px, but this space uses 32 px; for 7 classes, but this space uses 10"
+        " classes; for hswish activations, but this space uses relu" in plain
     )
     with pytest.raises(UserError, match="is a run folder with its own configuration"):
         shown_space(str(tmp_path), ["seed=1"])
 
 
-def test_why_a_table_covers_nothing_is_said_only_where_it_does() -> None:
+def test_why_a_table_covers_nothing_is_said_only_if_it_covers_nothing() -> None:
     table = synthetic_table(mobile32())
     assert why_uncovered(mobile32().ops, table) is None
     grey = why_uncovered(mobile32(resolution=16, in_channels=1).ops, table)
     assert (
-        grey == "the table (made for mobile32) has ops of 32 px, this space of 16 px; of 3 input"
-        " channels, this space of 1 input channels."
+        grey
+        == "the table (made for mobile32) has ops for 32 px, but this space uses 16 px; for 3 input"
+        " channels, but this space uses 1 input channels."
     )
     assert coverage(mobile32(), table)["covered"] == len(mobile32().ops)
 
 
-def test_what_is_missing_of_a_network_is_said() -> None:
+def test_the_missing_ops_of_a_network_are_named() -> None:
     arch = published("mobilenet_v2", resolution=32, classes=10)
     (line,) = describe_networks([arch], synthetic_table(mobile32()))
     assert "mobilenet_v2" in line and f"of {len(arch.ops())} ops: conv-h32-i3-o32" in line
 
 
-def test_names_are_answered_with_the_nearest_and_numbers_keep_their_meaning() -> None:
+def test_unknown_networks_get_a_hint_and_numbers_keep_their_meaning() -> None:
     experiment = load_experiment(None, ["profile.networks=['mobilenet_v22']"])
     with pytest.raises(
         SpaceError,
@@ -156,14 +151,14 @@ def test_names_are_answered_with_the_nearest_and_numbers_keep_their_meaning() ->
         None, ["profile.mode=networks", "profile.networks=mobilenet_v2", "space.width=0.5"]
     )
     assert both.profile.sampled == 40
-    # as wide as published
+    # published networks keep their width, whatever space.width is
     assert [arch.name for arch in named_networks(both, experiment_space(both))] == ["mobilenet_v2"]
     with pytest.raises(ConfigError, match=r"profile\.networks"):
         load_experiment(None, ["profile.networks=2"])
 
 
-def test_networks_of_one_name_are_two_inputs_of_a_profile(tmp_path: Path) -> None:
-    """What two searches have found has the same name."""
+def test_networks_with_the_same_name_are_separate_inputs_of_a_profile(tmp_path: Path) -> None:
+    """Architectures found by two searches have the same name."""
     names = [str(tmp_path / f"{name}.json") for name in ("mobilenet_v2", "mnasnet_b1")]
     for path in names:
         arch = published(Path(path).stem, resolution=32, classes=10)
@@ -180,8 +175,8 @@ def test_a_folder_does_not_hide_a_space(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_networks_are_listed_without_a_table_too(tmp_path: Path) -> None:
-    """Their sizes need none."""
+def test_networks_are_also_listed_without_a_table(tmp_path: Path) -> None:
+    """Their sizes do not need one."""
     output = hwnas("space", "mobile32", "-s", 'profile.networks=["mobilenet_v2"]')
     arch = published("mobilenet_v2", resolution=32, classes=10)
     assert (

@@ -1,4 +1,4 @@
-"""What stages say of themselves: which are needed, what they depend on, and what they leave."""
+"""What stages declare: which of them are needed, their inputs and their outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pipeline(folder: Path, *overrides: str) -> Pipeline:
     )
 
 
-def test_each_is_found_under_its_name(tmp_path: Path) -> None:
+def test_each_stage_is_found_by_its_name(tmp_path: Path) -> None:
     assert [stage_class(name).name for name in STAGES] == [
         "profile",
         "search",
@@ -40,10 +40,10 @@ def test_each_is_found_under_its_name(tmp_path: Path) -> None:
         "validate",
         "report",
     ]
-    made = pipeline(tmp_path)
+    run = pipeline(tmp_path)
     for name in STAGES:
-        assert made.stage(name).result in made.stage(name).outputs
-        assert made.stage(name).summary()
+        assert run.stage(name).result in run.stage(name).outputs
+        assert run.stage(name).summary()
 
 
 @pytest.mark.parametrize(
@@ -51,24 +51,28 @@ def test_each_is_found_under_its_name(tmp_path: Path) -> None:
     [([], ()), (["search.table=table.json"], ("profile",)), (ARCH, ("profile", "search"))],
     ids=str,
 )
-def test_which_are_needed(overrides: list[str], left_out: tuple[str, ...], tmp_path: Path) -> None:
+def test_which_stages_are_needed(
+    overrides: list[str], left_out: tuple[str, ...], tmp_path: Path
+) -> None:
     assert set(STAGES) - set(pipeline(tmp_path, *overrides).needed) == set(left_out)
 
 
 @pytest.mark.slow
-def test_what_each_depends_on(finished_run: Path) -> None:
-    """The names and the hashes in manifests: run folders of before stay current."""
-    found = {name: StageManifest.load(finished_run / name / MANIFEST).inputs for name in STAGES}
+def test_the_inputs_of_each_stage(finished_run: Path) -> None:
+    """The names and hashes in the manifests stay the same, so that earlier run folders
+    stay up to date.
+    """
+    inputs = {name: StageManifest.load(finished_run / name / MANIFEST).inputs for name in STAGES}
     config = json.loads((finished_run / "config.json").read_text())
     sections = {
         name: content_sha256(config[name])
         for name in ("data", "device", "profile", "search", "train", "export", "validate", "seed")
     }
-    data = {name: found["search"][name] for name in ("hwnas", "images")} | {
+    data = {name: inputs["search"][name] for name in ("hwnas", "images")} | {
         "data": sections["data"]
     }
     table = {"table.json": file_sha256(finished_run / "profile" / "table.json")}
-    space = {"space.json": found["profile"]["space.json"]}
+    space = {"space.json": inputs["profile"]["space.json"]}
 
     def of(*names: str) -> dict[str, str]:
         return {name: sections[name] for name in names}
@@ -77,28 +81,28 @@ def test_what_each_depends_on(finished_run: Path) -> None:
         finished_run / "train" / "model.safetensors",
         finished_run / "export" / "bundle.json",
     )
-    warnings = {name: value for name, value in found["validate"].items() if name == "warnings"}
-    device = {"device.json": found["profile"]["device.json"], "hwnas": data["hwnas"]}
+    warnings = {name: value for name, value in inputs["validate"].items() if name == "warnings"}
+    device = {"device.json": inputs["profile"]["device.json"], "hwnas": data["hwnas"]}
     arch = {
         "arch.json": file_sha256(finished_run / "search" / "arch.json"),
-        "architecture": found["train"]["architecture"],
+        "architecture": inputs["train"]["architecture"],
     }
-    assert found["profile"] == {**space, **device, **of("device", "profile", "seed")}
-    assert found["search"] == {**space, **table, **data, **of("search", "seed")}
-    assert found["train"] == {**arch, **data, **of("train", "seed")}
-    assert found["export"] == {"model.safetensors": file_sha256(weights), **data, **of("export")}
-    assert found["validate"] == {
+    assert inputs["profile"] == {**space, **device, **of("device", "profile", "seed")}
+    assert inputs["search"] == {**space, **table, **data, **of("search", "seed")}
+    assert inputs["train"] == {**arch, **data, **of("train", "seed")}
+    assert inputs["export"] == {"model.safetensors": file_sha256(weights), **data, **of("export")}
+    assert inputs["validate"] == {
         "bundle.json": file_sha256(bundle),
         **table,
         **data,
         **warnings,
         **of("validate", "device"),
     }
-    assert found["report"]["config"] == content_sha256(config)
-    assert found["report"]["profile/table.json"] == table["table.json"]
+    assert inputs["report"]["config"] == content_sha256(config)
+    assert inputs["report"]["profile/table.json"] == table["table.json"]
 
 
-def test_what_is_not_there_yet_is_asked_for(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_input_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"table\.json does not exist yet: run 'hwnas profile' with the same --out first",
@@ -120,8 +124,8 @@ def test_a_format_that_cannot_be_timed_is_refused_before_a_table_is_set_aside(
     finished = tmp_path / "run" / "profile"
     finished.mkdir(parents=True)
     (finished / "table.json").write_text("{}")
-    refused = pipeline(tmp_path, "device.runtime=onnxruntime", "device.dtype=int8")
+    unsupported = pipeline(tmp_path, "device.runtime=onnxruntime", "device.dtype=int8")
     with pytest.raises(UserError, match=r"device\.dtype = 'int8' is not supported"):
-        refused.run_stage("profile")
+        unsupported.run_stage("profile")
     assert (finished / "table.json").read_text() == "{}"
     assert [path.name for path in finished.parent.iterdir() if path.is_dir()] == ["profile"]

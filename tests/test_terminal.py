@@ -1,5 +1,5 @@
-"""What a person sees who waits: bars on terminals of several widths, lines elsewhere,
-and the time that is left.
+"""What users see while they wait: bars on terminals of several widths, lines elsewhere,
+and the time left.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Clock:
 
 
 def frame(width: int, bars: list[tuple[str, int, int, str]]) -> list[str]:
-    """The lines that bars of (description, total, done, note) are drawn as in the end,
-    each two steps on.
+    """The final lines of bars given as (description, total, done, note), after two more
+    steps of each.
     """
     drawn = io.StringIO()
     with TerminalProgress(
@@ -60,20 +60,20 @@ def frame(width: int, bars: list[tuple[str, int, int, str]]) -> list[str]:
 
 
 def lines_of(drawn: str) -> list[str]:
-    """What was written on a terminal, line by line, whatever was erased later."""
+    """All that was written to a terminal, line by line, even if it was erased later."""
     lines = [ESCAPES.sub("", line).rstrip() for line in re.split(r"[\r\n]+", drawn)]
     return [line for line in lines if line]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_a_bar_has_count_and_remaining_time_and_what_fits_of_the_note(width: int) -> None:
+def test_a_bar_shows_the_count_the_time_left_and_what_fits_of_the_note(width: int) -> None:
     (line,) = frame(width, [("searching (tunas)", 560, 12, NOTE)])
     assert len(line) <= width
-    found = re.fullmatch(r"searching \(tunas\) ([━╸╺ ]+) 14 of 560 (\d+:\d\d left) (.*)", line)
-    assert found, line
-    assert len(found[1]) >= 8
-    shown = found[3].split("  ")
-    assert shown == NOTE.split("  ")[: len(shown)], "whole numbers, the first ones first"
+    match = re.fullmatch(r"searching \(tunas\) ([━╸╺ ]+) 14 of 560 (\d+:\d\d left) (.*)", line)
+    assert match, line
+    assert len(match[1]) >= 8
+    shown = match[3].split("  ")
+    assert shown == NOTE.split("  ")[: len(shown)], "uncut values, in order"
     assert len(shown) >= {60: 1, 80: 2, 120: 4}[width]
 
 
@@ -88,10 +88,10 @@ def test_long_descriptions_are_shortened_and_bars_stay_one_line_each(width: int)
     assert "…" in lines[0]
     assert "100001 of 123456" in lines[0]
     assert "2 of 3" in lines[1]
-    assert len({line.index(" left") for line in lines}) == 1, "columns stand below each other"
+    assert len({line.index(" left") for line in lines}) == 1, "columns are aligned"
 
 
-def test_numbers_of_a_note_are_shown_whole_or_not() -> None:
+def test_numbers_in_a_note_are_shown_in_full_or_not_at_all() -> None:
     assert fitting("loss 1.23  quality 0.5", 22) == "loss 1.23  quality 0.5"
     assert fitting("loss 1.23  quality 0.5", 21) == "loss 1.23"
     assert fitting("loss 1.23  quality 0.5", 8) == ""
@@ -112,23 +112,23 @@ def test_what_matters_comes_first_in_a_note() -> None:
     )
 
 
-def test_the_pace_leaves_out_earlier_steps_and_a_slow_first_one() -> None:
+def test_the_pace_ignores_earlier_steps_and_a_slow_first_one() -> None:
     clock = Clock()
     pace = Pace(total=100, done=50, clock=clock)
     assert pace.remaining is None
     clock.now += 30
-    pace.advance(1)  # slow: it is all that is known
+    pace.advance(1)  # slow, but all that is known so far
     assert pace.remaining == pytest.approx(49 * 30)
     for _ in range(4):
         clock.now += 2
         pace.advance(1)
     assert pace.remaining == pytest.approx(45 * 2)
     clock.now += 1
-    assert pace.remaining == pytest.approx(45 * 2 - 1), "it runs down between steps"
+    assert pace.remaining == pytest.approx(45 * 2 - 1), "it counts down between steps"
     assert pace.seconds == 39
 
 
-def test_the_pace_follows_a_computer_that_becomes_slower() -> None:
+def test_the_pace_follows_a_computer_that_slows_down() -> None:
     clock = Clock()
     pace = Pace(total=1000, clock=clock)
     for _ in range(100):
@@ -141,7 +141,7 @@ def test_the_pace_follows_a_computer_that_becomes_slower() -> None:
     assert pace.remaining == pytest.approx(880 * 10)
 
 
-def test_steps_that_are_longer_than_the_window_have_a_pace() -> None:
+def test_steps_longer_than_the_window_have_a_pace() -> None:
     clock = Clock()
     pace = Pace(total=5, clock=clock)
     for _ in range(3):
@@ -169,7 +169,7 @@ def test_durations_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_without_a_terminal_lines_say_how_far_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_lines_show_progress_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr(terminal, "LINE_SECONDS", -1.0)
     with TerminalProgress(console=Console(file=log, width=80)).task(
@@ -179,7 +179,7 @@ def test_without_a_terminal_lines_say_how_far_and_how_long(monkeypatch: pytest.M
         task.advance()
         task.advance()
     lines = log.getvalue().splitlines()
-    assert len(lines) == 3, "none twice, none wrapped"
+    assert len(lines) == 3, "no line is repeated or wrapped"
     assert (
         re.fullmatch(
             r"searching \(tunas\): 2 of 4, about less than 1 s left  " + re.escape(NOTE), lines[0]
@@ -194,7 +194,7 @@ def test_without_a_terminal_lines_say_how_far_and_how_long(monkeypatch: pytest.M
 
 @contextmanager
 def terminal_of(columns: int) -> Iterator[tuple[int, int]]:
-    """Both ends of a pseudo terminal."""
+    """Both ends of a pseudo-terminal."""
     leader, follower = pty.openpty()
     ioctl(follower, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     yield leader, follower

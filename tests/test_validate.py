@@ -1,5 +1,5 @@
-"""What a verdict says of devices that are slower than profiled, of tables that do not
-apply, and of files that are wrong.
+"""Verdicts on devices that are slower than profiled, with tables that do not apply, and
+on faulty files.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 
 
 class Throttled(Simulated):
-    """The simulated device, ``factor`` times as slow, and ``network_factor`` slower
-    still on whole networks.
+    """The simulated device, ``factor`` times as slow, and ``network_factor`` times
+    slower still on whole networks.
     """
 
     factor = network_factor = 1.0
@@ -69,26 +69,26 @@ def verdict(
 ) -> Verdict:
     connection = connect(device)
     connection.factor, connection.network_factor = factor, network_factor
-    found = LatencyTable.load(run / "profile" / "table.json")
-    found = found.model_copy(update={"header": found.header.model_copy(update=header or {})})
+    table = LatencyTable.load(run / "profile" / "table.json")
+    table = table.model_copy(update={"header": table.header.model_copy(update=header or {})})
     bench = Bench(device, connection, experiment.device, timing_file, work)
-    return validate(bench, run / "export", experiment.data, experiment.validation, found)
+    return validate(bench, run / "export", experiment.data, experiment.validation, table)
 
 
-def judged(found: Verdict) -> Any:
-    return next(file for file in found.files if file.name == "model-fp32.tflite")
+def float_file(outcome: Verdict) -> Any:
+    return next(file for file in outcome.files if file.name == "model-fp32.tflite")
 
 
-def test_as_promised(
+def test_a_device_as_profiled_passes(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    found = verdict(finished_run, device, experiment, tmp_path)
-    assert found.passed and found.images == 40
-    assert found.drift == pytest.approx(1, abs=0.02) and drift_note(found) is None
-    assert judged(found).latency_passed is True and judged(found).parity_passed is True
+    outcome = verdict(finished_run, device, experiment, tmp_path)
+    assert outcome.passed and outcome.images == 40
+    assert outcome.drift == pytest.approx(1, abs=0.02) and drift_note(outcome) is None
+    assert float_file(outcome).latency_passed is True and float_file(outcome).parity_passed is True
     assert [
         file.latency_passed
-        for file in found.files
+        for file in outcome.files
         if file.dtype == "int8" or file.runtime == "onnxruntime"
     ] == [None, None]
 
@@ -98,24 +98,24 @@ def test_a_slow_device_is_told_from_a_slow_network(
 ) -> None:
     slow = verdict(finished_run, device, experiment, tmp_path, factor=1.15)
     assert slow.passed and slow.drift == pytest.approx(1.15, rel=0.02)
-    assert judged(slow).measured_ms / (judged(slow).predicted_ms or 1) == pytest.approx(
+    assert float_file(slow).measured_ms / (float_file(slow).predicted_ms or 1) == pytest.approx(
         1.15, rel=0.04
     )
     assert "15% slower now than when it was profiled" in (drift_note(slow) or "")
     wrong = verdict(finished_run, device, experiment, tmp_path, network_factor=1.15)
     assert not wrong.passed and wrong.drift == pytest.approx(1, abs=0.02)
     assert (
-        judged(wrong).latency_error == pytest.approx(0.15, abs=0.04)
+        float_file(wrong).latency_error == pytest.approx(0.15, abs=0.04)
         and "OUT OF TOLERANCE" in lines(wrong)[0]
     )
 
 
-def test_a_device_that_is_not_the_profiled_one_any_more_fails(
+def test_a_device_twice_as_slow_as_profiled_fails(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    found = verdict(finished_run, device, experiment, tmp_path, factor=2.0)
-    assert not found.passed and judged(found).latency_passed is False
-    assert "profile it again" in (drift_note(found) or "")
+    outcome = verdict(finished_run, device, experiment, tmp_path, factor=2.0)
+    assert not outcome.passed and float_file(outcome).latency_passed is False
+    assert "profile it again" in (drift_note(outcome) or "")
 
 
 @pytest.mark.parametrize(
@@ -130,16 +130,14 @@ def test_a_table_of_another_device_predicts_nothing(
     header: dict[str, Any],
     why: str,
 ) -> None:
-    found = verdict(finished_run, device, experiment, tmp_path, header=header)
-    assert found.passed and found.drift is None and why in (found.unpredicted or "")
-    assert {file.predicted_ms for file in found.files} == {None}
-    assert any("latency is not checked" in line for line in lines(found))
+    outcome = verdict(finished_run, device, experiment, tmp_path, header=header)
+    assert outcome.passed and outcome.drift is None and why in (outcome.unpredicted or "")
+    assert {file.predicted_ms for file in outcome.files} == {None}
+    assert any("latency is not checked" in line for line in lines(outcome))
 
 
 class Wrong(Throttled):
-    """A device on which one file's outputs are off by one in a hundred, and which lacks
-    a runtime.
-    """
+    """A device that lacks a runtime, and on which one file's outputs are 1% off."""
 
     def runtimes(self) -> dict[str, str]:
         return {"litert": super().runtimes()["litert"]}
@@ -149,18 +147,20 @@ class Wrong(Throttled):
         return outputs * 1.01 if model.name == "model-fp32.tflite" else outputs
 
 
-def test_outputs_that_are_wrong_on_the_device_alone_fail(
+def test_outputs_that_are_wrong_only_on_the_device_fail(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    found = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
-    parity = judged(found).parity
+    outcome = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
+    parity = float_file(outcome).parity
     assert (
         parity is not None
         and parity.relative_error == pytest.approx(0.01, rel=0.01)
         and parity.agreement == 1
     )
     assert (
-        not found.passed and judged(found).parity_passed is False and judged(found).quality_passed
+        not outcome.passed
+        and float_file(outcome).parity_passed is False
+        and float_file(outcome).quality_passed
     )
     assert (
         Bundle.load(finished_run / "export" / "bundle.json").files[0].parity.relative_error < 1e-4
@@ -168,7 +168,7 @@ def test_outputs_that_are_wrong_on_the_device_alone_fail(
 
 
 class Mistaken(Throttled):
-    """A device on which the int8 file always answers with the class after the right one."""
+    """A device on which the int8 file's outputs are shifted by one class."""
 
     def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
         outputs = super().predict(model, images_NHWC, folder)
@@ -179,35 +179,35 @@ def test_a_classifier_that_loses_accuracy_fails(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
     strict = experiment.validation.model_copy(update={"int8_accuracy_tolerance": 0.3})
-    found = verdict(
+    outcome = verdict(
         finished_run,
         device,
         experiment.model_copy(update={"validation": strict}),
         tmp_path,
         connect=Mistaken,
     )
-    files = {file.name: file for file in found.files}
+    files = {file.name: file for file in outcome.files}
     wrong = files.pop("model-int8.tflite")
-    assert wrong.loss == pytest.approx(found.metrics["accuracy"] - wrong.metrics["accuracy"])
+    assert wrong.loss == pytest.approx(outcome.metrics["accuracy"] - wrong.metrics["accuracy"])
     assert wrong.loss > 0.5
-    assert (wrong.quality_passed, found.passed) == (False, False)
+    assert (wrong.quality_passed, outcome.passed) == (False, False)
     assert all(file.quality_passed for file in files.values())
 
 
 def test_a_file_whose_runtime_the_device_lacks_is_named(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    found = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
-    assert [file.name for file in found.files] == ["model-fp32.tflite", "model-int8.tflite"]
-    assert found.not_run == {"model.onnx": f"{device.id} does not run onnxruntime"}
-    assert f"model.onnx: not run, {device.id} does not run onnxruntime" in lines(found)
+    outcome = verdict(finished_run, device, experiment, tmp_path, connect=Wrong)
+    assert [file.name for file in outcome.files] == ["model-fp32.tflite", "model-int8.tflite"]
+    assert outcome.not_run == {"model.onnx": f"{device.id} does not run onnxruntime"}
+    assert f"model.onnx: not run, {device.id} does not run onnxruntime" in lines(outcome)
 
 
-def test_prices_fitted_to_whole_networks_tell_no_drift(
+def test_latencies_fitted_to_whole_networks_show_no_drift(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    """They are not times of blocks alone: the network is predicted, and judged as it
-    is, on a device 1.15 times as slow.
+    """They are not times of standalone blocks, which drift is measured with: a device
+    1.15 times as slow looks like a network that is slower than predicted.
     """
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
@@ -216,13 +216,11 @@ def test_prices_fitted_to_whole_networks_tell_no_drift(
         key: entry.model_copy(update={"runs": "unknown"}) for key, entry in table.entries.items()
     }
     table.model_copy(update={"entries": entries}).save(run / "profile" / "table.json")
-    as_it_was, slow = (
+    usual, slow = (
         verdict(run, device, experiment, tmp_path, factor=factor) for factor in (1.0, 1.15)
     )
-    assert (
-        as_it_was.passed and as_it_was.drift is None and judged(as_it_was).predicted_ms is not None
-    )
-    assert judged(slow).latency_error == pytest.approx(0.15, abs=0.04) and not slow.passed
+    assert usual.passed and usual.drift is None and float_file(usual).predicted_ms is not None
+    assert float_file(slow).latency_error == pytest.approx(0.15, abs=0.04) and not slow.passed
 
 
 def test_a_file_that_was_replaced_is_refused(
@@ -235,16 +233,16 @@ def test_a_file_that_was_replaced_is_refused(
         verdict(run, device, experiment, tmp_path)
 
 
-def test_the_exported_floats_are_pytorchs_on_real_images(finished_run: Path) -> None:
+def test_float_files_agree_with_pytorch_on_real_images(finished_run: Path) -> None:
     bundle = Bundle.load(finished_run / "export" / "bundle.json")
     with np.load(finished_run / "export" / "parity.npz") as arrays:
-        assert arrays["logits"].std() > 0.1  # else the comparison would be of silence
+        assert arrays["logits"].std() > 0.1  # otherwise there is nothing to compare
     for file in bundle.files:
         assert file.dtype == "int8" or file.parity.relative_error <= 1e-4
 
 
 def test_documents_of_classifiers_have_nothing_of_detectors(finished_run: Path) -> None:
-    """Nor is anything empty for them."""
+    """Not even empty keys."""
     for path in (
         finished_run / "export" / "bundle.json",
         finished_run / "validate" / "verdict.json",
@@ -267,8 +265,8 @@ def test_documents_of_classifiers_have_nothing_of_detectors(finished_run: Path) 
 
 @pytest.fixture(scope="module")
 def app_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same network, in files that take pixels and return probabilities. Do not
-    write into it.
+    """The finished run with files of the same network that take pixels and return
+    probabilities. Do not write into it.
     """
     run = tmp_path_factory.mktemp("app") / "run"
     shutil.copytree(finished_run, run)
@@ -280,8 +278,8 @@ def app_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Slower(Throttled):
-    """A device on which everything around a network, or the networks alone, take half
-    as long again.
+    """A device on which files for apps take 1.5 times as long. On ``SlowNetworks``, the
+    files of the networks by themselves do.
     """
 
     slow = "model"
@@ -302,37 +300,45 @@ class SlowNetworks(Slower):
 def test_files_for_apps_are_validated(
     app_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    """Accuracy and outputs with pixels in and probabilities out; what stands around the
-    network is no part of the prediction.
+    """By accuracy and outputs, with pixels in and probabilities out. What surrounds the
+    network is not part of the latency prediction.
     """
-    found = verdict(app_run, device, experiment, tmp_path, connect=Slower)
-    assert found.passed and [file.name for file in found.files] == [
+    outcome = verdict(app_run, device, experiment, tmp_path, connect=Slower)
+    assert outcome.passed and [file.name for file in outcome.files] == [
         "model-fp32.tflite",
         "model-int8.tflite",
         "model.onnx",
     ]
-    for file in found.files:
+    for file in outcome.files:
         assert file.parity is not None and file.parity.agreement > 0.9
         assert file.network_ms is not None and file.measured_ms == pytest.approx(
             1.5 * file.network_ms, rel=0.05
         )
-    assert judged(found).latency_passed is True and abs(judged(found).latency_error or 1) < 0.05
-    assert "for the network by itself" in lines(found)[0]
+    assert (
+        float_file(outcome).latency_passed is True
+        and abs(float_file(outcome).latency_error or 1) < 0.05
+    )
+    assert "for the network by itself" in lines(outcome)[0]
     plain = verdict(app_run.parent / "run", device, experiment, tmp_path, connect=SlowNetworks)
-    assert not plain.passed and judged(plain).latency_error == pytest.approx(0.5, abs=0.05)
+    assert not plain.passed and float_file(plain).latency_error == pytest.approx(0.5, abs=0.05)
 
 
-def test_files_for_apps_are_as_accurate(
+def test_files_for_apps_are_as_accurate_as_plain_ones(
     app_run: Path, finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
     app, plain = (verdict(run, device, experiment, tmp_path) for run in (app_run, finished_run))
     assert app.metrics == plain.metrics
-    accuracies = [[file.metrics["accuracy"] for file in found.files] for found in (app, plain)]
+    accuracies = [[file.metrics["accuracy"] for file in outcome.files] for outcome in (app, plain)]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.03)
-    assert (judged(app).metrics, judged(plain).network_ms) == (judged(plain).metrics, None)
+    assert (float_file(app).metrics, float_file(plain).network_ms) == (
+        float_file(plain).metrics,
+        None,
+    )
 
 
-def test_a_bundle_says_what_its_files_take(app_run: Path, finished_run: Path) -> None:
+def test_a_bundle_describes_the_inputs_and_outputs_of_its_files(
+    app_run: Path, finished_run: Path
+) -> None:
     app, plain = (Bundle.load(run / "export" / "bundle.json") for run in (app_run, finished_run))
     for file in app.files:
         assert file.input is not None and file.outputs is not None
@@ -373,10 +379,10 @@ def test_a_bundle_says_what_its_files_take(app_run: Path, finished_run: Path) ->
         assert file.dtype == "int8" or file.parity.relative_error <= 1e-5
 
 
-def test_bundles_that_do_not_say_it_are_read_as_they_were(
+def test_bundles_without_inputs_and_outputs_are_still_read(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    """Those of earlier versions, whose hash stays theirs."""
+    """Earlier versions wrote such bundles, whose hashes must not change."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     path = run / "export" / "bundle.json"
@@ -392,11 +398,11 @@ def test_bundles_that_do_not_say_it_are_read_as_they_were(
     assert verdict(run, device, experiment, tmp_path).passed
 
 
-def test_a_verdict_with_warnings_is_no_plain_passed(
+def test_a_verdict_with_warnings_is_not_a_plain_pass(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    """The last line says them; without any, the document is what it was before there
-    were warnings, in every byte.
+    """The last line names them. Without any, the document is byte for byte the same as
+    before warnings existed.
     """
     plain = verdict(finished_run, device, experiment, tmp_path)
     assert "warnings" not in json.loads(plain.to_json()) and lines(plain)[-1] == "verdict: passed"
@@ -420,40 +426,40 @@ def test_a_verdict_with_warnings_is_no_plain_passed(
 def test_a_failed_verdict_says_what_to_do(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
-    """Once for each reason, before the last line; nothing where all is well."""
+    """One line for each reason, and none if all is well."""
     plain = verdict(finished_run, device, experiment, tmp_path)
     assert not any(line.startswith("what to do") for line in lines(plain))
 
-    def said(**changes: object) -> list[str]:
-        """What is said of a verdict whose float file is changed so."""
+    def advice(**changes: object) -> list[str]:
+        """The advice for a failed verdict whose float file has these values."""
         first = plain.files[0].model_copy(update=changes)
-        found = lines(
+        printed = lines(
             plain.model_copy(update={"files": (first, *plain.files[1:]), "passed": False})
         )
         return [
-            line.removeprefix("what to do: ") for line in found if line.startswith("what to do: ")
+            line.removeprefix("what to do: ") for line in printed if line.startswith("what to do: ")
         ]
 
     late = {"latency_passed": False, "latency_error": 0.065}
-    [noisy] = said(**late, spread=0.119)
+    [noisy] = advice(**late, spread=0.119)
     assert (
         "rounds of model-fp32.tflite differ by 11.9%" in noisy
         and "hwnas validate with --fresh" in noisy
     )
-    [quiet] = said(**late, spread=0.001)
+    [quiet] = advice(**late, spread=0.001)
     assert "profile again with more profile.rounds" in quiet
-    [wrong] = said(quality_passed=False)
+    [wrong] = advice(quality_passed=False)
     assert (
         wrong == "model-fp32.tflite loses more than validate.accuracy_tolerance allows: raise"
         " validate.accuracy_tolerance if the file is good enough."
     )
-    [different] = said(parity_passed=False)
+    [different] = advice(parity_passed=False)
     assert "report it" in different
 
 
 def test_documents_of_version_1_are_read(finished_run: Path) -> None:
-    """A classifier's bundle and verdict, which had names of their own for accuracy; and
-    what is no document at all is said to be none.
+    """A classifier's bundle and verdict, which had their own names for accuracy.
+    Malformed documents are refused.
     """
     bundle = json.loads((finished_run / "export" / "bundle.json").read_text())
     new = Bundle.parse(json.dumps(bundle))

@@ -1,5 +1,5 @@
-"""A small detector through export and validation: what the bundle says, what the
-verdict is, and what is no promise kept.
+"""A small detector through export and validation: its bundle, its verdict, and which
+promises are broken by what.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 class Changed(Host):
-    """The host, which does nothing twice, and on which the outputs of one file are changed."""
+    """The host, reusing outputs and timings, and changing the outputs of one file."""
 
     outputs: ClassVar[dict[tuple[str, bytes], np.ndarray]] = {}
     rows: ClassVar[dict[str, list[dict[str, Any]]]] = {}
@@ -98,21 +98,21 @@ def verdict(
 
 
 def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
-    bundle, found = (
+    bundle, outcome = (
         Bundle.load(run / "export" / "bundle.json"),
         Verdict.load(run / "validate" / "verdict.json"),
     )
     trained = TrainResult.load(run / "train" / "train.json")
-    assert (trained.metric, bundle.metric, found.metric) == ("AP", "AP", "AP") and bundle.metrics[
+    assert (trained.metric, bundle.metric, outcome.metric) == ("AP", "AP", "AP") and bundle.metrics[
         "AP"
     ] > 0.3
     assert bundle.metrics["AP"] == pytest.approx(trained.metrics["AP"], abs=1e-3)
-    assert found.metrics == pytest.approx(bundle.metrics, abs=1e-9)
-    assert [file.name for file in found.files] == [
+    assert outcome.metrics == pytest.approx(bundle.metrics, abs=1e-9)
+    assert [file.name for file in outcome.files] == [
         target(kind).file for kind in (*FORMATS, *NMS_FORMATS)
     ]
-    assert found.passed and found.unpredicted == "there is no table of this device"
-    for file in found.files:
+    assert outcome.passed and outcome.unpredicted == "there is no table of this device"
+    for file in outcome.files:
         assert file.metrics["AP"] > 0.25 and "accuracy" not in file.metrics
         assert file.measured_ms > 0 and (file.predicted_ms, file.latency_passed) == (None, None)
         in_graph = "nms" in file.name or "tasks" in file.name
@@ -126,23 +126,23 @@ def test_all_files_are_as_good_as_pytorch(run: Path) -> None:
         assert file.parity is not None and file.parity_passed is (
             None if in_graph or file.dtype == "int8" else True
         )
-        # whose NMS sees boxes that are not cut off at the edges
+        # the NMS of the tasks operator sees boxes that are not cut off at the edges
         if file.dtype == "fp32" and "tasks" not in file.name:
             assert file.parity.relative_error < 1e-5 and file.parity.agreement == 1
-    said = lines(found)
-    assert (found.min_score, found.app_score) == (0.02, 0.3)
+    printed = lines(outcome)
+    assert (outcome.min_score, outcome.app_score) == (0.02, 0.3)
     assert re.search(
         r" \+ [\d.]+ ms of post-processing in NumPy at score 0\.3 \([\d.]+ ms at 0\.02, as AP"
         r" needs\); AP ",
-        said[0],
+        printed[0],
     )
     assert re.search(
         r"^model-nms\.onnx: [\d.]+ ms at score 0\.02, as AP needs, [\d.]+ ms at 0\.3, on a test"
         r" image; AP ",
-        said[3],
+        printed[3],
     )
-    assert "note: latency is not checked: there is no table of this device." in said
-    assert said[-1] == "verdict: passed"
+    assert "note: latency is not checked: there is no table of this device." in printed
+    assert printed[-1] == "verdict: passed"
 
 
 def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment) -> None:
@@ -169,14 +169,15 @@ def test_the_bundle_says_how_to_read_its_files(run: Path, experiment: Experiment
             outputs[0], options, bundle.architecture.resolution, len(bundle.labels)
         )
         assert len(scores) and (np.diff(scores) <= 0).all()
-        wanted = [each for each in targets[0] if each[4] == labels[0]]
-        assert min(float(np.abs(boxes[0] - each[:4].numpy()).max()) for each in wanted) < 12, (
-            "pixels of the input, x1, y1, x2, y2"
-        )
+        wanted = [target_box for target_box in targets[0] if target_box[4] == labels[0]]
+        assert (
+            min(float(np.abs(boxes[0] - target_box[:4].numpy()).max()) for target_box in wanted)
+            < 12
+        ), "boxes are x1, y1, x2, y2 in pixels of the input"
 
 
 def test_a_bundle_of_version_1_is_read(run: Path) -> None:
-    """It described what comes out of a detector's files in one place for all."""
+    """It described the outputs of all of a detector's files in one place."""
     content = json.loads((run / "export" / "bundle.json").read_text())
     new = Bundle.parse(json.dumps(content))
     old = {
@@ -204,40 +205,46 @@ def test_a_bundle_of_version_1_is_read(run: Path) -> None:
             Bundle.parse(json.dumps({**old, "detector": {**content["detector"], "files": files}}))
 
 
-def test_a_part_of_the_images(run: Path, experiment: Experiment, tmp_path: Path) -> None:
-    found = verdict(run, experiment, tmp_path, images=3)
-    assert found.images == 3 and found.passed
+def test_validation_can_use_a_part_of_the_images(
+    run: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    outcome = verdict(run, experiment, tmp_path, images=3)
+    assert outcome.images == 3 and outcome.passed
 
 
 @pytest.mark.parametrize("name", ["model-fp32.tflite", "model-nms.onnx", "model-int8-tasks.tflite"])
 def test_a_file_that_finds_nothing_has_an_ap_of_0(
     name: str, run: Path, experiment: Experiment, tmp_path: Path
 ) -> None:
-    found = verdict(run, experiment, tmp_path, Changed(name, np.zeros_like))
-    [wrong] = [file for file in found.files if file.name == name]
-    assert (wrong.metrics["AP"], wrong.quality_passed, found.passed) == (0.0, False, False)
-    assert all(file.quality_passed for file in found.files if file.name != name)
+    outcome = verdict(run, experiment, tmp_path, Changed(name, np.zeros_like))
+    [wrong] = [file for file in outcome.files if file.name == name]
+    assert (wrong.metrics["AP"], wrong.quality_passed, outcome.passed) == (0.0, False, False)
+    assert all(file.quality_passed for file in outcome.files if file.name != name)
     assert wrong.parity is not None and wrong.parity.agreement < 1
     assert (
-        any(line.startswith(name) and "OUT OF TOLERANCE" in line for line in lines(found))
-        and lines(found)[-1] == "verdict: FAILED"
+        any(line.startswith(name) and "OUT OF TOLERANCE" in line for line in lines(outcome))
+        and lines(outcome)[-1] == "verdict: FAILED"
     )
 
 
-def test_boxes_in_another_order_fail(run: Path, experiment: Experiment, tmp_path: Path) -> None:
-    """x and y exchanged, which on square images looks right."""
-    found = verdict(
+def test_boxes_with_swapped_coordinates_fail(
+    run: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    """x and y are swapped, which looks right on square images."""
+    outcome = verdict(
         run,
         experiment,
         tmp_path,
         Changed("model.onnx", lambda rows: rows[..., [1, 0, 3, 2, *range(4, rows.shape[-1])]]),
     )
     assert [
-        file.name for file in found.files if not file.quality_passed or file.parity_passed is False
+        file.name
+        for file in outcome.files
+        if not file.quality_passed or file.parity_passed is False
     ] == ["model.onnx"]
 
 
-def test_outputs_that_are_no_rows_of_the_bundles(
+def test_outputs_of_another_size_than_the_bundle_says_are_refused(
     run: Path, experiment: Experiment, tmp_path: Path
 ) -> None:
     cut = Changed("model.onnx", lambda rows: rows[:, :-1])
@@ -251,7 +258,7 @@ def test_outputs_that_are_no_rows_of_the_bundles(
         verdict(run, experiment, tmp_path, cut)
 
 
-def test_another_file_under_the_name_of_one(
+def test_a_file_replaced_by_another_is_refused(
     run: Path, experiment: Experiment, tmp_path: Path
 ) -> None:
     copied = tmp_path / "run"
@@ -268,16 +275,16 @@ def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Pat
     ):
         bench = Bench(HOST, connect(HOST), experiment.device, timing_file, tmp_path)
         validate(bench, run / "export", digits, experiment.validation, None)
-    less = tmp_path / "data"
-    shutil.copytree(Path(str(experiment.data.path)), less)
-    path = less / "annotations" / "instances_val.json"
+    smaller = tmp_path / "data"
+    shutil.copytree(Path(str(experiment.data.path)), smaller)
+    path = smaller / "annotations" / "instances_val.json"
     content = json.loads(path.read_text())
     content["images"].pop()
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
     path.write_text(json.dumps(content))
     fewer = experiment.model_copy(
-        update={"data": experiment.data.model_copy(update={"path": str(less)})}
+        update={"data": experiment.data.model_copy(update={"path": str(smaller)})}
     )
     with pytest.raises(
         DocumentError, match="made with 8 test images, but the data has 7: export again"
@@ -287,21 +294,23 @@ def test_other_data_are_refused(run: Path, experiment: Experiment, tmp_path: Pat
 
 def test_the_report_of_a_validated_detector(run: Path) -> None:
     text = (run / "report" / "report.html").read_text()
-    found = Verdict.load(run / "validate" / "verdict.json")
+    outcome = Verdict.load(run / "validate" / "verdict.json")
     assert (
         "✓ passed" in text
         and "finds objects with an AP of" in text
         and "in graph" in text
         and "Not finished" not in text
     )
-    for file in found.files:
+    for file in outcome.files:
         assert text.count(f"AP, {file.name}") == 1
     assert "Top-1, " not in text
 
 
-def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Path) -> None:
-    """As good as those that do not, by outputs and AP; and the network is timed alone,
-    without what normalises.
+def test_files_that_take_pixels_are_validated(
+    run: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    """They are as good as those that do not, by outputs and AP; and the network is also
+    timed by itself, without the normalisation.
     """
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
@@ -320,28 +329,28 @@ def test_files_that_take_pixels(run: Path, experiment: Experiment, tmp_path: Pat
     )
     Pipeline(app, copied, Progress()).run_stage("export")
     before, after = (Bundle.load(folder / "export" / "bundle.json") for folder in (run, copied))
-    for one, other in zip(before.files, after.files, strict=True):
-        assert one.input is not None and other.input is not None
-        assert (one.input.dtype, other.input.dtype, other.outputs) == (
+    for plain, with_pixels in zip(before.files, after.files, strict=True):
+        assert plain.input is not None and with_pixels.input is not None
+        assert (plain.input.dtype, with_pixels.input.dtype, with_pixels.outputs) == (
             "float32",
             "uint8",
-            one.outputs,
+            plain.outputs,
         )
-        assert other.parity.relative_error == pytest.approx(
-            one.parity.relative_error, abs=0.02 if one.dtype == "int8" else 1e-5
+        assert with_pixels.parity.relative_error == pytest.approx(
+            plain.parity.relative_error, abs=0.02 if plain.dtype == "int8" else 1e-5
         )
     bench = Bench(HOST, Host(HOST), app.device, timing_file, tmp_path)
-    found = validate(bench, copied / "export", app.data, app.validation, None)
+    outcome = validate(bench, copied / "export", app.data, app.validation, None)
     known = {file.name: file for file in Verdict.load(run / "validate" / "verdict.json").files}
-    assert found.passed
-    for file in found.files:
+    assert outcome.passed
+    for file in outcome.files:
         assert file.metrics["AP"] == pytest.approx(
             known[file.name].metrics["AP"], abs=0.03 if file.dtype == "int8" else 1e-3
         )
         assert (file.network_ms is None) == (known[file.name].network_ms is None)
 
 
-def test_scores_are_no_logits(tmp_path: Path) -> None:
+def test_softmax_is_refused_for_detectors(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=(
@@ -353,11 +362,11 @@ def test_scores_are_no_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("score", "timed"), [(0.3, True), (0.02, False), (0.01, False)])
-def test_thresholds_of_an_app(
+def test_files_are_also_timed_at_the_threshold_of_an_app(
     score: float, timed: bool, run: Path, experiment: Experiment, tmp_path: Path
 ) -> None:
-    """Copies for timing are the same files with another threshold, and there are none
-    where AP's is no lower.
+    """Copies for timing are the same files with another threshold; there are none
+    unless AP's threshold is lower.
     """
     plans: list[dict[str, Any]] = []
 
@@ -375,15 +384,15 @@ def test_thresholds_of_an_app(
             yield from super().measure(plan, folder)
 
     outputs: dict[str, np.ndarray] = {}
-    found = verdict(run, experiment, tmp_path, Kept(), app_score=score)
+    outcome = verdict(run, experiment, tmp_path, Kept(), app_score=score)
     assert all(
-        (file.app_ms is not None) == (timed and file.timed_on is not None) for file in found.files
+        (file.app_ms is not None) == (timed and file.timed_on is not None) for file in outcome.files
     )
     assert all(
         (file.app_post_processing_ms is not None) == (timed and file.timed_on is None)
-        for file in found.files
+        for file in outcome.files
     )
-    assert found.app_score == (score if timed else None)
+    assert outcome.app_score == (score if timed else None)
     assert {name.removeprefix("app-") for name in outputs} == {
         "model-nms.onnx",
         "model-fp32-tasks.tflite",
@@ -405,10 +414,8 @@ def test_thresholds_of_an_app(
         np.testing.assert_array_equal(labels, all_labels[high])
 
 
-def test_verdicts_of_before_are_read() -> None:
-    """One of version 1, without an app's threshold anywhere; and one with it comes back
-    as it was.
-    """
+def test_verdicts_of_version_1_are_read() -> None:
+    """They have no app threshold. A current verdict with one reads back unchanged."""
     kept = {
         "name": "model.onnx", "runtime": "onnxruntime", "runtime_version": "1", "dtype": "fp32", "measured_ms": 1.0, "spread": 0.01,
         "predicted_ms": None, "latency_error": None, "latency_passed": None, "parity": None, "parity_passed": True,
@@ -441,7 +448,7 @@ def test_verdicts_of_before_are_read() -> None:
 
 
 def test_the_typical_image(tmp_path: Path) -> None:
-    """The one with the median number of scores above the threshold."""
+    """It is the one with the median number of scores above the threshold."""
     images, rows = (
         np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1),
         np.zeros((5, 9, 5), np.float32),
@@ -455,7 +462,7 @@ def test_the_typical_image(tmp_path: Path) -> None:
 
 
 def test_parity_of_detections() -> None:
-    """Over all anchors, or over PyTorch's detections and what is nearest to them."""
+    """Over all anchors, or over PyTorch's detections and those nearest to them."""
     config = PostProcessing(min_score=0.1, detections=2)
     rows = np.array(
         [[[0, 0, 32, 32, 0.9], [40, 40, 64, 64, 0.5]], [[0, 0, 8, 8, 0.0], [9, 9, 20, 20, 0.0]]],
@@ -463,14 +470,14 @@ def test_parity_of_detections() -> None:
     )
     shifted = rows.copy()
     shifted[0, 1, 0] += 0.64
-    found = parity("decoded", shifted, rows, config, 64)
-    assert (found.images, found.agreement) == (2, 1.0) and found.relative_error == pytest.approx(
+    result = parity("decoded", shifted, rows, config, 64)
+    assert (result.images, result.agreement) == (2, 1.0) and result.relative_error == pytest.approx(
         0.01
     )
     chosen = np.zeros((2, 2, 6), np.float32)
     chosen[0] = [[40, 40, 64, 64, 0.5, 0], [0, 0, 32, 32, 0.89, 0]]  # in another order
-    found = parity("nms", chosen, rows, config, 64)
-    assert found.relative_error == pytest.approx(0.01) and found.agreement == 0.5
+    result = parity("nms", chosen, rows, config, 64)
+    assert result.relative_error == pytest.approx(0.01) and result.agreement == 0.5
     chosen[0, 0] = 0
     assert parity("nms", chosen, rows, config, 64).relative_error == pytest.approx(40 / 64)
     chosen[0, 1, 5] = 1  # of another class
@@ -479,22 +486,26 @@ def test_parity_of_detections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [("classify", "'small-ssdlite' is a detector"), ("detect", "'small' is a classifier")],
 )
-def test_a_network_of_the_other_task_is_not_exported(task: str, said: str, tmp_path: Path) -> None:
+def test_a_network_of_the_other_task_is_not_exported(
+    task: str, message: str, tmp_path: Path
+) -> None:
     boxes = Experiment.model_validate(settings(tmp_path))
     network = network_of(
         architecture(boxes, mobile32(), tmp_path) if task == "classify" else classifier()
     )
     save_network(network, tmp_path / "run" / "train" / "model.safetensors", {})
     config = boxes if task == "detect" else Experiment()
-    with pytest.raises(ConfigError, match=f"{said}, but task = '{task}': set task = "):
+    with pytest.raises(ConfigError, match=f"{message}, but task = '{task}': set task = "):
         Pipeline(config, tmp_path / "run", Progress()).run_stage("export")
 
 
 @pytest.mark.parametrize("formats", [("onnx-nms",), ("onnx", "tflite-int8-tasks")])
 def test_a_classifier_has_no_files_with_nms(formats: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=f"export.formats has '{formats[-1]}', which is for boxes"):
+    with pytest.raises(
+        ValueError, match=f"export.formats has '{formats[-1]}', which is for detectors"
+    ):
         Experiment.model_validate({"export": {"formats": formats}})
     assert Experiment().export_formats == ("tflite-fp32", "tflite-int8", "onnx")

@@ -1,4 +1,5 @@
-"""The configuration of an experiment: a TOML file with one table per stage and typed keys.
+"""The configuration of an experiment: a TOML file with one table per stage and typed
+keys.
 
     seed = 0
     [space]    name = "mobile32"

@@ -20,18 +20,19 @@ class Section(BaseModel):
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def with_usual(
-    given: Any, usual: Mapping[str, Any], handler: Callable[[Any], AnySection]
+def with_defaults(
+    given: Any, defaults: Mapping[str, Any], handler: Callable[[Any], AnySection]
 ) -> AnySection:
     """Build a table whose defaults depend on the values of other keys.
 
-    ``usual`` holds the defaults for these values. ``given`` takes precedence, and keys
-    that only ``usual`` sets do not count as given.
+    ``defaults`` are those for these values; the keys in ``given`` take precedence.
+    Defaults filled in this way do not count as set by the user.
     """
-    if not isinstance(given, dict) or not usual:
+    if not isinstance(given, dict) or not defaults:
         return handler(given)
-    section = handler({**usual, **given})
-    section.model_fields_set.difference_update(usual.keys() - given.keys())
+    section = handler({**defaults, **given})
+    # ``hwnas.unused`` checks the keys in this set, and must not blame the user for these
+    section.model_fields_set.difference_update(defaults.keys() - given.keys())
     return section
 
 
@@ -51,8 +52,8 @@ class Plugin(BaseModel):
         return {"name": value} if isinstance(value, str) else value
 
     def options(self, config: type[BaseModel]) -> Any:
-        """The options as the plug-in's ``config`` model. Raises ConfigError with the name
-        of an invalid option.
+        """The options as the plug-in's ``config`` model. Raises ConfigError with the
+        name of an invalid option.
         """
         try:
             return config.model_validate(self.model_extra or {})

@@ -55,7 +55,7 @@ class Experiment(Section):
     shrink: ShrinkConfig = ShrinkConfig()
 
     @model_validator(mode="after")
-    def _one_task(self) -> Self:
+    def _check_task(self) -> Self:
         detects = network_kind(self.task) == "detect"
         if detects and self.data.name in IMAGE_LABELS:
             raise ValueError(
@@ -73,9 +73,10 @@ class Experiment(Section):
         nms_formats = [name for name in self.export.formats or () if name in NMS_FORMATS]
         if nms_formats and not detects:
             raise ValueError(
-                f"export.formats has {nms_formats[0]!r}, which is for boxes; remove it, or set task"
-                " = 'detect'"
+                f"export.formats has {nms_formats[0]!r}, which is for detectors; remove it, or set"
+                " task = 'detect'"
             )
+        # refused instead of ignored: these keys would silently mean nothing
         if detects and self.export.softmax:
             raise ValueError(
                 "export.softmax is for classifiers, and a detector's files have scores already;"
@@ -144,8 +145,7 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
 
 
 def keys_given(section: Section) -> dict[str, Any]:
-    """The keys that were given, not left at their default, as they are written in a
-    file, with their values.
+    """The keys that the user set, with their values, spelt as in a file.
 
     A table that is not a ``Section``, such as that of a plug-in or an objective, is one
     key.
@@ -178,15 +178,15 @@ def all_keys(table: type[BaseModel] = Experiment) -> tuple[str, ...]:
 
 
 def _section_type(annotation: Any) -> type[Section] | None:
-    """The type of a table; None for a key that holds a value."""
+    """The type of a table; None for a key with a value."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return None
 
 
 def _has_error(content: dict[str, Any], error: ValidationError) -> bool:
-    """Whether the content of a file by itself has the first of the errors that it has
-    together with the overrides.
+    """Whether the file alone, without the overrides, already has the first error of
+    ``error``.
     """
     first = error.errors()[0]
     try:
@@ -195,7 +195,7 @@ def _has_error(content: dict[str, Any], error: ValidationError) -> bool:
         for own in own_error.errors():
             if (own["loc"], own["msg"]) != (first["loc"], first["msg"]):
                 continue
-            # The input of an error in a whole table holds other keys, too, which an
+            # The input of an error in a whole table contains other keys, too, which an
             # override may have changed without causing the error.
             if own["input"] == first["input"] or isinstance(first["input"], dict):
                 return True

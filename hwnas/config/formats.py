@@ -1,5 +1,5 @@
-"""The names of the export targets, so that a configuration can be checked without loading
-them.
+"""The names of the export targets, so that a configuration can be checked without
+loading them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TARGETS = Registry(
         "tflite-int8-tasks": "hwnas.export.targets:TFLiteInt8Tasks",
     },
 )
-"""The targets: runtimes with a number format. Third parties add their own with the entry
-point ``hwnas.target`` (see ``hwnas.export.target``).
+"""The targets: runtimes with a number format. Third parties add their own with the
+entry point ``hwnas.target`` (see ``hwnas.export.target``).
 """
 
 
-def _known(name: str) -> str:
+def _check_target(name: str) -> str:
     if name not in TARGETS:
         raise ValueError(f"is not a target; {nearest(name, tuple(TARGETS))}")
     return name
@@ -40,15 +40,15 @@ DTYPES = ("fp32", "int8")
 """Number formats of the built-in targets."""
 
 
-def known_runtime(name: str) -> str:
+def check_runtime(name: str) -> str:
     """Check the name of a runtime and return it. Raises ValueError if no target has it,
     as far as this is known without loading plug-ins.
     """
     return _check_name(name, RUNTIMES)
 
 
-def known_dtype(name: str) -> str:
-    """Check the name of a number format and return it; see ``known_runtime``."""
+def check_dtype(name: str) -> str:
+    """Check the name of a number format and return it; see ``check_runtime``."""
     return _check_name(name, DTYPES)
 
 
@@ -60,7 +60,7 @@ def _check_name(name: str, builtin: tuple[str, ...]) -> str:
     return name
 
 
-Format = Annotated[str, AfterValidator(_known)]
+Format = Annotated[str, AfterValidator(_check_target)]
 """The name of a target."""
 
 FORMATS: tuple[str, ...] = ("tflite-fp32", "tflite-int8", "onnx")

@@ -1,5 +1,5 @@
-"""Renamed keys and values of configurations. The old spelling is accepted for one release,
-with a warning that names the new one.
+"""Renamed keys and values of configurations. The old spelling is accepted for one
+release, with a warning that names the new one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ OLD_KEYS: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
 """Old key -> (last part of the new key, old value -> new value)."""
 
 
-def with_new_keys(content: Any, source: str) -> Any:
-    """The parsed content of a configuration file or of ``-s``, with renamed keys in their
-    new spelling. Issues a FutureWarning with ``source`` for each.
+def with_new_keys(content: Any, source: str, *, warn: bool = True) -> Any:
+    """The parsed content of a configuration file or of ``-s``, with renamed keys in
+    their new spelling. Issues a FutureWarning with ``source`` for each, unless ``warn``
+    is False: for content that the user has not written.
 
-    Content of the wrong type is returned unchanged, because the model reports it better.
+    Content of the wrong type is returned unchanged, because the model reports it
+    better.
     """
     content = copy.deepcopy(content)
     for old_key, (new_name, new_values) in OLD_KEYS.items():
@@ -41,11 +43,15 @@ def with_new_keys(content: Any, source: str) -> Any:
         if isinstance(old_value, str):
             new_value = new_values.get(old_value, old_value)
         table[new_name] = new_value
+        if not warn:
+            continue
         new_key = ".".join([*path, new_name])
         warnings.warn(
             f"{source}: {old_key} = {old_value!r} is now {new_key} = {new_value!r}; the old"
             " spelling is read until the next release.",
             FutureWarning,
-            stacklevel=3,
+            # The line that calls this function: Python then shows a message that is
+            # repeated, as for every seed of a study, only once.
+            stacklevel=2,
         )
     return content

@@ -12,13 +12,13 @@ from pydantic import (
     model_validator,
 )
 
-from hwnas.config.base import Plugin, Section, with_usual
+from hwnas.config.base import Plugin, Section, with_defaults
 from hwnas.core.limits import AnyBudget, Budget, LatencyLimit, Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
 
 ADAMW = {"lr": 0.024, "weight_decay": 0.02, "warmup": 0.1}
-"""Defaults for ``adamw``, from our recipes. TuNAS's learning rate is for RMSprop with an
-eps of 1 and does not suit it.
+"""Defaults for ``adamw``, from our recipes. TuNAS's learning rate is for RMSprop with
+an eps of 1 and does not suit it.
 """
 
 
@@ -28,7 +28,8 @@ class OptimizerConfig(Section):
     The defaults are those of TuNAS: rmsproptf with a learning rate of 0.165 per 256
     images, momentum and squared-gradient decay 0.9, and eps 1. With ``name = "adamw"``
     they are a learning rate of 0.024, weight decay 0.02 and warm-up 0.1. In short
-    trainings, neither was better on both a part of CIFAR-10 and raccoon.
+    training runs, neither optimiser was better on both a subset of CIFAR-10 and the
+    raccoon photographs.
     """
 
     name: str = Field(
@@ -74,28 +75,30 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _usual(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """The defaults of the named optimiser. They do not count as given."""
-        usual = ADAMW if isinstance(given, dict) and given.get("name") == "adamw" else {}
-        return with_usual(given, usual, handler)
+    def _named_defaults(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Fill in the defaults of the named optimiser, unset as far as the
+        user goes.
+        """
+        defaults = ADAMW if isinstance(given, dict) and given.get("name") == "adamw" else {}
+        return with_defaults(given, defaults, handler)
 
 
 OperationOn = Literal["node", "edge", "op"]
-"""What the weights of a slot belong to, most shared first."""
+"""How finely the weights of a slot are split, from most to least shared."""
 
 
 class SupernetConfig(Section):
     """How the super-net shares its weights. The defaults are those of TuNAS.
 
     The keys cover the 14 heuristics of Yu, Ranftl, Salzmann, "How to Train Your
-    Super-Net" (arXiv 2003.04276). Mapping of weights: ``channels`` (dynamic channelling),
-    ``kernels`` (OFA kernel), ``wsbn``, ``dropout`` (global), ``path_dropout``,
-    ``operation_on``; low fidelity: ``proxy_depth`` (layers), ``proxy_width``
-    (channels), ``search.data_portion`` and ``search.batch_size``, and our own
-    ``proxy_resolution`` (pixels); protocol: ``bn_affine`` and ``bn_track``,
+    Super-Net" (arXiv 2003.04276). Mapping of weights: ``channels`` (dynamic
+    channelling), ``kernels`` (OFA kernel), ``wsbn``, ``dropout`` (global),
+    ``path_dropout``, ``operation_on``; low fidelity: ``proxy_depth`` (layers),
+    ``proxy_width`` (channels), ``search.data_portion`` and ``search.batch_size``, and
+    our own ``proxy_resolution`` (pixels); protocol: ``bn_affine`` and ``bn_track``,
     ``search.optimizer.lr`` with ``search.epochs``, ``search.optimizer.weight_decay``,
-    and the sampling of paths (``sampling`` of the strategy spos). Options of cells share
-    no weights, so only ``dropout`` of the mapping applies to them.
+    and the sampling of paths (``sampling`` of the strategy spos). Options of cells
+    share no weights, so only ``dropout`` of the mapping applies to them.
     """
 
     sharing: Literal["auto", "collapsed", "separate"] = Field(
@@ -158,7 +161,7 @@ class SupernetConfig(Section):
     proxy_depth: int | None = Field(
         None,
         ge=1,
-        description="largest number of slots (or cells) per stage during training; default: all",
+        description="maximum number of slots (or cells) per stage during training; default: all",
     )
     proxy_width: float = Field(
         1.0, gt=0, le=1, description="factor of all channel counts during training"
@@ -186,7 +189,8 @@ class SupernetConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_supernet(self) -> Self:
+        # tracked statistics belong to a channel, which these two mix or scatter
         if self.bn_track and self.channels in ("random", "interpolation"):
             raise ValueError(
                 "bn_track needs contiguous channels; set channels = 'first' or 'chunk', not"
@@ -238,7 +242,7 @@ class SearchConfig(Section):
         gt=0,
         lt=1,
         description=(
-            "largest relative difference between the predicted cost of the result and the target"
+            "maximum relative difference between the predicted cost of the result and the target"
         ),
     )
     table: str | None = Field(
@@ -330,8 +334,8 @@ class SearchConfig(Section):
 
     @property
     def by_table(self) -> bool:
-        """Whether costs come from a latency table. Counted costs (MACs, parameters, bytes)
-        need no table, and thus no profile.
+        """Whether costs come from a latency table. Counted costs (MACs, parameters,
+        bytes) need no table, and thus no profile.
         """
         return isinstance(self.main_budget, LatencyLimit)
 
@@ -346,7 +350,7 @@ class SearchConfig(Section):
         return content
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Self:
+    def _check_budget(self) -> Self:
         if self.budget is not None and self.target_ms is not None:
             raise ValueError(
                 "search.target_ms is shorthand for a search.budget of kind 'latency', and both are"
@@ -355,7 +359,8 @@ class SearchConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _statistics(self) -> Self:
+    def _check_statistics(self) -> Self:
+        # BN needs two values per channel, and at the end of a network a map is one pixel
         uses_tracked = self.recalibration_images == 0 and self.supernet.bn_track
         if self.recalibration_images < 2 and not uses_tracked:
             raise ValueError(

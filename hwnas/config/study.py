@@ -1,5 +1,5 @@
-"""The tables ``study`` and ``shrink``: how super-nets and search methods are studied, and
-how a space is shrunk.
+"""The tables ``study`` and ``shrink``: how super-nets and search methods are studied,
+and how a space is shrunk.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FIXED_BY_THE_STUDY = (
     "weights",
     "backbone",
 )
-"""Keys of ``search`` that a method of a comparison cannot set: all methods share them, or
-they would give one method a head start.
+"""Keys of ``search`` that a method of a comparison cannot set: all methods share them,
+or they would give one method a head start.
 """
 
 
 class MethodConfig(Section):
-    """A method of ``hwnas study compare``: a strategy, and the keys of ``search`` that it
-    changes.
+    """A method of ``hwnas study compare``: a strategy, and the keys of ``search`` that
+    it changes.
     """
 
     name: str = Field(
@@ -68,7 +68,7 @@ class MethodConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _same_task(self) -> Self:
+    def _check_search_keys(self) -> Self:
         fixed = [key for key in self.search if key in (*FIXED_BY_THE_STUDY, "strategy")]
         if fixed:
             raise ValueError(
@@ -100,19 +100,20 @@ class CompareConfig(Section):
         50,
         gt=0,
         description=(
-            "epochs of each standalone training that the truth comes from, which determine its"
+            "epochs of each standalone training run that the truth comes from, which determine its"
             " cost; default: NAS-Bench-Macro's"
         ),
     )
     standalone_images: int = Field(
         50_000,
         ge=1,
-        description="images per epoch of these trainings; default: the training images of CIFAR-10",
+        description="images per epoch of these training runs; default: CIFAR-10's training images",
     )
 
     @model_validator(mode="after")
-    def _named_once(self) -> Self:
+    def _check_names(self) -> Self:
         names = [method.name for method in self.methods]
+        # names are the names of the methods' folders
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise ValueError(
@@ -122,8 +123,8 @@ class CompareConfig(Section):
 
 
 class StudyConfig(Section):
-    """``hwnas study rank`` measures how well super-nets rank architectures, ``hwnas study
-    compare`` whether search methods beat random search.
+    """``hwnas study rank`` measures how well super-nets rank architectures,
+    ``hwnas study compare`` whether search methods beat random search.
 
     Super-nets are trained, and architectures evaluated, as ``search`` says.
     """
@@ -138,7 +139,7 @@ class StudyConfig(Section):
     accuracies: tuple[str, ...] = Field(
         (),
         description=(
-            "columns (or JSON keys) of that file with the accuracies of repeated trainings;"
+            "columns (or JSON keys) of that file with the accuracies of repeated training runs;"
             " default: all whose name looks like an accuracy"
         ),
     )
@@ -201,14 +202,14 @@ class StudyConfig(Section):
     processes: int = Field(
         1,
         ge=1,
-        description="concurrent trainings on this computer; 1 trains in the process of the command",
+        description="concurrent training runs on this computer; 1: in the process of the command",
     )
     threads: int | None = Field(
         None,
         ge=1,
         description=(
-            "threads of each training, which affect the last bits of its results; default: 1, or"
-            " torch's default if a study has a single training"
+            "threads of each training run, which affect the last bits of its results; default: 1,"
+            " or torch's default if a study has a single run"
         ),
     )
     ray_address: str | None = Field(
@@ -218,10 +219,10 @@ class StudyConfig(Section):
             " default: this computer"
         ),
     )
-    ray_gpus: float = Field(0, ge=0, description="GPUs of the cluster for each training")
+    ray_gpus: float = Field(0, ge=0, description="GPUs of the cluster for each training run")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_study(self) -> Self:
         if self.seeds and self.supernets:
             raise ValueError(
                 "study.seeds trains super-nets and study.supernets uses trained ones; remove one of"
@@ -230,6 +231,7 @@ class StudyConfig(Section):
         twice = [seed for seed in self.seeds if self.seeds.count(seed) > 1]
         if twice:
             raise ValueError(f"study.seeds has {twice[0]} twice; give each seed once")
+        # the best k of k are all of them, whatever a score says
         if self.top_k >= self.architectures:
             raise ValueError(
                 f"study.top_k = {self.top_k} is not below study.architectures ="
@@ -246,8 +248,8 @@ class StudyConfig(Section):
 
 
 class ShrinkConfig(Section):
-    """``hwnas study shrink``: drop the worst operators of a space, by a metric, stage by
-    stage. See search/shrinking.py.
+    """``hwnas study shrink``: drop the worst operators of a space, by a metric, in
+    rounds. See search/shrinking.py.
 
     The defaults are those of angle-based shrinking (arXiv 2004.13431) on the space of
     SPOS, except for those marked as ours. The super-net, its images and its optimiser
@@ -262,7 +264,7 @@ class ShrinkConfig(Section):
     samples: int = Field(
         1000,
         ge=1,
-        description="smallest number of sampled architectures with each operator, if they exist",
+        description="minimum number of sampled architectures per operator, if that many exist",
     )
     evaluated_samples: int | None = Field(
         None,
@@ -272,13 +274,11 @@ class ShrinkConfig(Section):
             " (ours); default: samples"
         ),
     )
-    tries: int = Field(
-        100, ge=1, description="at most this many times `samples` architectures are drawn"
-    )
+    tries: int = Field(100, ge=1, description="draw at most `tries` x `samples` architectures")
     max_macs: float | None = Field(
         None,
         gt=0,
-        description="largest number of multiply-accumulates of a sampled architecture",
+        description="maximum multiply-accumulates of a sampled architecture",
     )
     sampling: Literal["architectures", "depths"] = Field(
         "depths",
@@ -290,14 +290,14 @@ class ShrinkConfig(Section):
     drop: Literal["lowest", "each"] = Field(
         "lowest",
         description=(
-            "operators to drop in a stage: lowest: those with the lowest scores of the whole space;"
+            "operators to drop in a round: lowest: those with the lowest scores of the whole space;"
             " each: the lowest of every choice (FairNAS)"
         ),
     )
     dropped: int = Field(
-        7, ge=1, description="number of operators dropped in each stage with drop = 'lowest'"
+        7, ge=1, description="number of operators dropped in each round with drop = 'lowest'"
     )
-    keep: int = Field(1, ge=1, description="smallest number of options left of every choice")
+    keep: int = Field(1, ge=1, description="minimum number of options left in every choice")
     until: int = Field(
         1_000_000, ge=1, description="stop when the space has at most this many architectures"
     )
@@ -326,7 +326,7 @@ class ShrinkConfig(Section):
     operation_on: tuple[OperationOn, ...] = Field(
         (),
         description=(
-            "search.supernet.operation_on of each stage; later stages use the last one. Fewer"
+            "search.supernet.operation_on of each round; later rounds use the last one. Fewer"
             " operators allow less sharing (PWSNAS)"
         ),
     )
@@ -338,7 +338,8 @@ class ShrinkConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_rounds(self) -> Self:
+        # the angle compares the weights after these epochs with those at the first drop
         if self.base_epochs >= self.first_epochs:
             raise ValueError(
                 f"shrink.base_epochs = {self.base_epochs:g} is not below first_epochs ="
@@ -347,10 +348,11 @@ class ShrinkConfig(Section):
         twice = [name for name in self.metrics if self.metrics.count(name) > 1]
         if twice:
             raise ValueError(f"shrink.metrics has {twice[0]!r} twice; give each metric once")
+        # weights that were shared can be copied to several places, but not merged again
         levels = [get_args(OperationOn).index(level) for level in self.operation_on]
         if levels != sorted(levels):
             raise ValueError(
-                f"shrink.operation_on = {list(self.operation_on)} shares more in a later stage;"
+                f"shrink.operation_on = {list(self.operation_on)} shares more in a later round;"
                 " only go from node to edge to op"
             )
         return self

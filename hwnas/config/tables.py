@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from hwnas.config.base import Section, with_usual
-from hwnas.config.formats import Format, known_dtype, known_runtime
+from hwnas.config.base import Section, with_defaults
+from hwnas.config.formats import Format, check_dtype, check_runtime
 from hwnas.config.search import OptimizerConfig
 from hwnas.core.detector import PostProcessing, Scores
 from hwnas.core.ssdlite import EXTRAS
@@ -47,10 +47,10 @@ class DeviceConfig(Section):
     name: str = Field(
         "host", description="'host' for this computer, or path of a device document (.json)"
     )
-    runtime: Annotated[str, AfterValidator(known_runtime)] = Field(
+    runtime: Annotated[str, AfterValidator(check_runtime)] = Field(
         "litert", description="runtime: litert, onnxruntime, or that of a target plug-in"
     )
-    dtype: Annotated[str, AfterValidator(known_dtype)] = Field(
+    dtype: Annotated[str, AfterValidator(check_dtype)] = Field(
         "fp32", description="number format: fp32, int8 (litert only), or that of a target plug-in"
     )
     threads: int = Field(1, ge=1, description="threads of the runtime")
@@ -60,7 +60,8 @@ class DeviceConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _enough_cores(self) -> Self:
+    def _check_cores(self) -> Self:
+        # two threads on one core would measure the scheduler
         if self.cores is not None and len(set(self.cores)) < self.threads:
             raise ValueError(
                 f"device.cores names {len(set(self.cores))} cores for {self.threads} threads; name"
@@ -75,19 +76,20 @@ Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
 """Built-in data sets with one label per image. Plug-ins may be of either kind."""
 
-
 ARRAYS = ("digits", "npz", "cifar10")
-"""Those of them that are arrays in memory, with all images of one size."""
+"""The data sets among these that are in-memory arrays, with images of one size."""
 
-GREY_MEAN, GREY_STD = (0.449,), (0.226,)
-"""ImageNet's mean and standard deviation averaged over the colours, as in timm for one
-channel.
+GREY_MEAN = (0.449,)
+"""ImageNet's mean averaged over the colours, as in timm for one channel."""
+
+GREY_STD = (0.226,)
+"""ImageNet's standard deviation averaged over the colours, as in timm for one channel.
 """
 
 
 class DataConfig(Section):
-    """The images and labels. ``classes``, ``channels`` and ``resolution`` also determine
-    the shape of the network.
+    """The images and labels. ``classes``, ``channels`` and ``resolution`` also
+    determine the shape of the network.
     """
 
     name: str = Field(
@@ -165,24 +167,26 @@ class DataConfig(Section):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _usual(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """The defaults that depend on other keys. They do not count as given."""
+    def _conditional_defaults(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Fill in the defaults that depend on other keys; they do not count as set."""
         known = given if isinstance(given, dict) else {}
-        usual: dict[str, Any] = {"augment": "ssdlite"} if known.get("name") == "coco" else {}
+        defaults: dict[str, Any] = {}
+        if known.get("name") == "coco":
+            defaults["augment"] = "ssdlite"
         if known.get("channels") == 1:
-            usual |= {"mean": GREY_MEAN, "std": GREY_STD}
-        return with_usual(given, usual, handler)
+            defaults |= {"mean": GREY_MEAN, "std": GREY_STD}
+        return with_defaults(given, defaults, handler)
 
     @property
     def resize_mode(self) -> Resize:
         """``resize``, or its default."""
-        usual: Resize = "crop" if self.augment == "imagenet" else "squash"
-        return self.resize or usual
+        default: Resize = "crop" if self.augment == "imagenet" else "squash"
+        return self.resize or default
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit keys of the geometry that are not set: the hash of run folders from before
-        these keys existed must not change.
+        """Omit keys of the geometry that are not set: the hash of run folders from
+        before these keys existed must not change.
         """
         content: dict[str, Any] = handler(self)
         for name in ("resize", "crop_fraction", "interpolation"):
@@ -191,7 +195,7 @@ class DataConfig(Section):
         return content
 
     @model_validator(mode="after")
-    def _one_geometry(self) -> Self:
+    def _check_geometry(self) -> Self:
         if self.crop_fraction is not None and self.resize_mode != "crop":
             raise ValueError(
                 f"data.crop_fraction is for data.resize = 'crop', not {self.resize_mode!r}; remove"
@@ -210,7 +214,7 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _per_channel(self) -> Self:
+    def _check_channels(self) -> Self:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(
@@ -222,7 +226,7 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_task(self) -> Self:
+    def _check_task(self) -> Self:
         augments_boxes = self.augment in ("ssd", "ssdlite")
         if self.name in IMAGE_LABELS and augments_boxes:
             raise ValueError(
@@ -235,10 +239,7 @@ class DataConfig(Section):
                 " here"
             )
         if self.name in IMAGE_LABELS and self.classes < 2:
-            raise ValueError(
-                f"data.classes = {self.classes} leaves {self.name!r} nothing to tell apart; give 2"
-                " or more"
-            )
+            raise ValueError(f"data.classes = {self.classes}, but a classifier needs at least 2")
         if self.name == "coco" and not augments_boxes and self.augment != "none":
             raise ValueError(
                 f"data.augment = {self.augment!r} is for images without boxes; choose ssd, ssdlite"
@@ -247,8 +248,8 @@ class DataConfig(Section):
         return self
 
     def at(self, resolution: int) -> DataConfig:
-        """The same data at another input size in pixels, for architectures whose space has
-        a choice of resolution.
+        """The same data at another input size in pixels, for architectures whose space
+        has a choice of resolution.
         """
         if resolution == self.resolution:
             return self
@@ -308,9 +309,9 @@ class ProfileConfig(Section):
         ),
     )
     min_ms: float = Field(
-        20.0, gt=0, description="shortest time in milliseconds of measuring one model per round"
+        20.0, gt=0, description="minimum time per model and round, in milliseconds"
     )
-    min_runs: int = Field(5, ge=1, description="smallest number of runs of one model per round")
+    min_runs: int = Field(5, ge=1, description="minimum number of runs per model and round")
     fit_networks: int = Field(
         12, ge=0, description="number of whole networks that the calibration is fitted to"
     )
@@ -332,8 +333,8 @@ class ProfileConfig(Section):
 
 
 class DetectorConfig(Section):
-    """The detector that is added to an architecture without one, and the post-processing
-    of all detectors.
+    """The detector that is added to an architecture without one, and the
+    post-processing of all detectors.
 
     The defaults are those of torchvision's SSDLite. Those of MobileDet are ``scores =
     "sigmoid"`` and ``post_processing = {min_score = 1e-8, candidates = 100, nms_iou =
@@ -417,8 +418,8 @@ class TrainConfig(Section):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit ``validate_every`` if it is not set: it does not change the weights, and the
-        hash of trainings from before the key existed must not change.
+        """Omit ``validate_every`` if it is not set: it does not change the weights, and
+        the hash of training runs from before the key existed must not change.
         """
         content: dict[str, Any] = handler(self)
         if "validate_every" in content and content["validate_every"] is None:
@@ -469,8 +470,8 @@ class ExportConfig(Section):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit keys at their defaults that bundles from before these keys do not have: the
-        hash of such bundles must not change.
+        """Omit keys at their defaults that bundles from before these keys do not have:
+        the hash of such bundles must not change.
         """
         content: dict[str, Any] = handler(self)
         for name, default in (
@@ -484,13 +485,15 @@ class ExportConfig(Section):
 
 
 class ValidateConfig(Section):
-    """When an exported file passes: as fast as predicted, and as accurate as PyTorch."""
+    """When an exported file passes: as fast as predicted, and as accurate
+    as PyTorch.
+    """
 
     latency_tolerance: float = Field(
         0.05,
         gt=0,
         description=(
-            "largest relative difference between measured and predicted latency, for files with the"
+            "maximum relative difference between measured and predicted latency, for files with the"
             " runtime and number format of the table"
         ),
     )
@@ -498,7 +501,7 @@ class ValidateConfig(Section):
         0.25,
         gt=0,
         description=(
-            "largest relative change of the device's speed since it was profiled; beyond it, the"
+            "maximum relative change of the device's speed since it was profiled; beyond it, the"
             " device has to be profiled again"
         ),
     )
@@ -506,21 +509,21 @@ class ValidateConfig(Section):
         1e-4,
         gt=0,
         description=(
-            "largest difference between outputs of float files and PyTorch's, relative to the"
+            "maximum difference between outputs of float files and PyTorch's, relative to the"
             " largest output; for detectors, as a fraction of the input size or of a score"
         ),
     )
     accuracy_tolerance: float = Field(
-        0.002, ge=0, description="largest loss of top-1 (0 to 1) of float files against PyTorch"
+        0.002, ge=0, description="largest drop in top-1 (0 to 1) of float files against PyTorch"
     )
     int8_accuracy_tolerance: float = Field(
-        0.02, ge=0, description="largest loss of top-1 (0 to 1) of int8 files against PyTorch"
+        0.02, ge=0, description="largest drop in top-1 (0 to 1) of int8 files against PyTorch"
     )
     ap_tolerance: float = Field(
-        0.005, ge=0, description="largest loss of AP (0 to 1) of float files against PyTorch"
+        0.005, ge=0, description="largest drop in AP (0 to 1) of float files against PyTorch"
     )
     int8_ap_tolerance: float = Field(
-        0.03, ge=0, description="largest loss of AP (0 to 1) of int8 files against PyTorch"
+        0.03, ge=0, description="largest drop in AP (0 to 1) of int8 files against PyTorch"
     )
     images: int | None = Field(None, ge=1, description="number of test images to use; default: all")
     app_score: float = Field(
@@ -550,7 +553,7 @@ class ValidateConfig(Section):
     tolerances: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {},
         description=(
-            "largest losses of metrics without their own key: the name of the metric, or 'int8"
+            "largest drops in metrics without their own key: the name of the metric, or 'int8"
             " NAME' for int8 files, to a fraction; default: the tolerances of top-1"
         ),
     )
@@ -566,7 +569,7 @@ class ValidateConfig(Section):
         return content
 
     def tolerance(self, metric: str, dtype: str) -> float:
-        """The largest loss of a metric that a file of a number format may have against
+        """The largest drop in a metric that a file of a number format may have against
         PyTorch, as a fraction.
         """
         key = self.tolerance_key(metric, dtype)
@@ -578,6 +581,7 @@ class ValidateConfig(Section):
 
     def tolerance_key(self, metric: str, dtype: str) -> str:
         """The key of this table that sets ``tolerance``."""
+        # the keys of accuracy and AP are older than metrics of plug-ins
         own = f"{metric.lower()}_tolerance"
         is_int8 = dtype == "int8"
         if own in ("accuracy_tolerance", "ap_tolerance"):

@@ -1,4 +1,6 @@
-"""The names of the tasks, so that a configuration can be checked without loading them."""
+"""The names of the tasks, so that a configuration can be checked without
+loading them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ point ``hwnas.task`` (see ``hwnas.task``).
 """
 
 
-def _known(name: str) -> str:
+def _check_task(name: str) -> str:
     if name not in TASKS:
         raise ValueError(f"input should be {' or '.join(map(repr, TASKS))}")
     return name
@@ -37,5 +39,5 @@ def network_kind(task: str) -> str:
     return kind
 
 
-TaskName = Annotated[str, AfterValidator(_known)]
+TaskName = Annotated[str, AfterValidator(_check_task)]
 """The name of a task."""

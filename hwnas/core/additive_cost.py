@@ -35,15 +35,16 @@ from hwnas.core.ops import Op
 from hwnas.core.space import Option, SearchSpace, Term
 
 CostArray: TypeAlias = tuple[tuple[int, ...], np.ndarray]
-"""Positions of choices in the space, and costs [options, ...] with one axis per choice."""
+"""Positions of choices in the space, and costs [options, ...] with one axis per choice.
+"""
 
 
 @dataclass(frozen=True)
 class Stack:
     """Terms with K choices each, padded to one shape.
 
-    ``costs`` is [terms, n_1, ..., n_K]. ``index`` holds one int64 [terms, n_k] per axis:
-    the position of each option's weight in the concatenated gates of all choices.
+    ``costs`` is [terms, n_1, ..., n_K]. ``index`` holds one int64 [terms, n_k] per
+    axis: the position of each option's weight in the concatenated gates of all choices.
     Padding has cost 0, so the weight it points to does not matter.
     """
 
@@ -100,8 +101,9 @@ class AdditiveCost:
         reduce: Literal["sum", "max"] = "sum",
         fixed: float = 0.0,
     ) -> AdditiveCost:
-        """Build from a cost per op. ``op_cost`` is called once for each distinct op. With
-        ``reduce="max"``, costs must not be negative, because an empty slot costs 0.
+        """Build from a cost per op. ``op_cost`` is called once for each distinct op.
+        With ``reduce="max"``, costs must not be negative, because an empty slot costs
+        0.
         """
         known: dict[Op, float] = {}
 
@@ -118,7 +120,9 @@ class AdditiveCost:
         return cls(space, term_costs, reduce=reduce, fixed=fixed)
 
     def cost(self, picks: Mapping[str, Option]) -> float:
-        """The cost of ``picks``. Raises SpaceError if they do not belong to the space."""
+        """The cost of ``picks``. Raises SpaceError if they do not belong to
+        the space.
+        """
         return float(self.costs(self.space.index(picks)[None])[0])
 
     def costs(self, index_NC: np.ndarray) -> np.ndarray:
@@ -276,8 +280,8 @@ class AdditiveCost:
         return constant
 
     def _joint(self, choice: int, axes: tuple[int, ...], arrays: list[CostArray]) -> Any:
-        """All arrays that depend on ``choice``, combined into one array with one axis for
-        each of the choices ``axes``, which ascend.
+        """All arrays that depend on ``choice``, combined into one array with one axis
+        for each of the choices ``axes``, which ascend.
         """
         joint: Any = None
         for positions, costs in arrays:
@@ -308,8 +312,8 @@ def _neighbours(choice: int, arrays: list[CostArray]) -> tuple[int, ...]:
 
 
 def _contract_last(values: Any, weights: Any) -> Any:
-    """The weighted sum over the last axis: values [terms, ..., n] and weights [terms, n]
-    -> [terms, ...].
+    """The weighted sum over the last axis: values [terms, ..., n] and weights [terms,
+    n] -> [terms, ...].
     """
     flat = values.reshape(len(weights), -1, weights.shape[-1]) @ weights[:, :, None]
     return flat.reshape(values.shape[:-1])

@@ -1,5 +1,5 @@
-"""Architectures: one concrete network as a list of blocks, with or without a detector on
-top.
+"""Architectures: one concrete network as a list of blocks, with or without a detector
+on top.
 
 A network of cells is not a chain: its ``graph`` says which block reads what.
 """
@@ -35,7 +35,9 @@ _ENDS = {"classifier": "a classifier", "ssd": "a head of a detector"}
 
 
 class Origin(BaseModel):
-    """Where an architecture came from: the space (name, sha256) and the picks that decode to it."""
+    """Where an architecture came from: the space (name, sha256) and the picks that
+    decode to it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,9 +47,9 @@ class Origin(BaseModel):
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A position in a network: its name, its op (None if the position is empty), and the
-    output shape: ``channels`` and height = width ``size``.
+class Position:
+    """A position in a network: its name, its op (None if the position is empty), and
+    the output shape: ``channels`` and height = width ``size``.
     """
 
     slot: str
@@ -57,19 +59,19 @@ class Placed:
 
     @classmethod
     def of(cls, slot: str, op: Op) -> Self:
-        """A position that holds an op."""
+        """A position with an op."""
         return cls(slot, op, op.out_ch, op.out_size)
 
 
 class Architecture(Document):
-    """A network as a chain of ops, input to output (the phenotype), and its detector, if
-    it is not a classifier.
+    """A network as a chain of ops, input to output (the phenotype), and its detector,
+    if it is not a classifier.
 
     If there is a ``graph``, it replaces the chain, and ``blocks`` are its ops in the
     order they run.
 
-    Everything downstream needs only this: building, counting, cost, export. ``bn_eps`` is
-    included because it is part of the function that the weights compute.
+    Everything downstream needs only this: building, counting, cost, export. ``bn_eps``
+    is included because it is part of the function that the weights compute.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.architecture"
@@ -128,12 +130,12 @@ class Architecture(Document):
         """
         return (*self.blocks, *self.head.after.values())
 
-    def placed(self) -> tuple[Placed, ...]:
+    def positions(self) -> tuple[Position, ...]:
         """Its ops, in the order of ``ops``, with generic names (``block 0``), for
         networks without a space that names its positions.
         """
         blocks = {f"block {i}": op for i, op in enumerate(self.blocks)}
-        return tuple(Placed.of(name, op) for name, op in (blocks | self.head.after).items())
+        return tuple(Position.of(name, op) for name, op in (blocks | self.head.after).items())
 
     @property
     def wiring(self) -> tuple[str, ...]:

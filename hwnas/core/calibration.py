@@ -11,7 +11,7 @@ import numpy as np
 
 from hwnas.core.ops import Op
 from hwnas.core.statistics import rank_correlation
-from hwnas.core.table import Calibration, HeldOut
+from hwnas.core.table import Calibration, HeldOutErrors
 
 FIT_CACHE_MISSES_FROM = 8
 """Fewest networks for which the cost of cache misses is fitted as well. With fewer, a
@@ -43,14 +43,14 @@ def fit_calibration(
     least squares of the *relative* error.
 
     The error is relative because a table serves fast and slow networks alike.
-    ``networks`` are the ops of each network, ``sums_ms`` the sums of their entries, both
-    in the order of ``measured_ms``.
+    ``networks`` are the ops of each network, ``sums_ms`` the sums of their entries,
+    both in the order of ``measured_ms``.
 
-    An intercept needs three or more networks whose sums differ by 5 %. With fewer, or if
-    the fitted slope is not positive, only the slope is fitted. From
+    An intercept needs three or more networks whose sums differ by 5 %. With fewer, or
+    if the fitted slope is not positive, only the slope is fitted. From
     ``FIT_CACHE_MISSES_FROM`` networks on, each form of the cache-miss cost is fitted as
-    well, and the form with the lowest leave-one-out error is used. Forms with a negative
-    cost are discarded.
+    well, and the form with the lowest leave-one-out error is used. Forms with a
+    negative cost are discarded.
     """
     sums_N = np.asarray(sums_ms, dtype=float)
     measured_N = np.asarray(measured_ms, dtype=float)
@@ -119,7 +119,7 @@ def held_out_errors(
     networks: Sequence[Sequence[Op]],
     sums_ms: Sequence[float],
     measured_ms: Sequence[float],
-) -> HeldOut:
+) -> HeldOutErrors:
     """The errors of a calibration on held-out networks. Arguments as for
     ``fit_calibration``.
     """
@@ -128,12 +128,14 @@ def held_out_errors(
     return held_out(predicted_ms, np.asarray(sums_ms), np.asarray(measured_ms))
 
 
-def held_out(predicted_ms: np.ndarray, raw_ms: np.ndarray, measured_ms: np.ndarray) -> HeldOut:
+def held_out(
+    predicted_ms: np.ndarray, raw_ms: np.ndarray, measured_ms: np.ndarray
+) -> HeldOutErrors:
     """The relative errors of predictions, and those of the uncalibrated sums ``raw_ms``
     for comparison. Each argument is float [N].
     """
     errors = np.abs(predicted_ms / measured_ms - 1)
-    return HeldOut(
+    return HeldOutErrors(
         networks=len(errors),
         mape=float(errors.mean()),
         max_error=float(errors.max()),

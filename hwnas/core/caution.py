@@ -1,5 +1,5 @@
-"""Cautions: a result is worth less than it seems, for a stated reason. Every stage passes
-them on.
+"""Cautions: a result is worth less than it seems, for a stated reason. Every stage
+passes them on.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 class Caution(BaseModel):
     """A warning that stays attached to a result, instead of being logged once.
 
-    ``headline`` is a clause for a verdict ("the search learned nothing"), ``text`` gives
-    the figures and what to change.
+    ``headline`` is a clause for a verdict ("the search learned nothing"), ``text``
+    gives the figures and what to change.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from hwnas.core.cell_plan import NONE, SKIP_CONNECT, edge_key, input_pairs, inputs_key
+from hwnas.core.cell_steps import NONE, SKIP_CONNECT, edge_key, input_pairs, inputs_key
 from hwnas.core.cells import CellSpace
 from hwnas.core.families import Shape
 from hwnas.core.nasbench101 import NASBench101Space

@@ -22,7 +22,7 @@ Options are named as in the papers' code: ``none``, ``skip_connect``, ``nor_conv
 connection. A node without connections is zero, and the ops that read it still run, as
 in the benchmark.
 
-Decoding, costs and the super-net are all derived from ``CellSpace.plan``.
+Decoding, costs and the super-net are all derived from ``CellSpace.steps``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from hwnas.core.arch import Architecture, Origin, Picks, Placed
-from hwnas.core.cell_plan import (
+from hwnas.core.arch import Architecture, Origin, Picks, Position
+from hwnas.core.cell_steps import (
     KEPT,
     NONE,
     CellStep,
     edge_key,
     input_pairs,
     inputs_key,
-    plan_of,
     sources_of,
+    steps_of,
 )
 from hwnas.core.choice import Address, open_choices
 from hwnas.core.graph import GraphBuilder
@@ -62,12 +62,12 @@ _GENOTYPE_EDGE = re.compile(r"\(\s*['\"](\w+)['\"],\s*(\d+)\s*\)")
 
 
 @dataclass(frozen=True)
-class PlacedOp:
-    """A block of a network and where it comes from: the index of its place in the plan,
-    and the option that was picked there (empty unless the place is an edge).
+class StepOp:
+    """A block of a network and where it comes from: the index of its step, and the
+    option that was picked there (empty unless the step is an edge).
     """
 
-    place: int
+    step: int
     option: str
     op: Op
 
@@ -103,7 +103,7 @@ class CellSpace(SearchSpace):
     act: str = "relu"
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_fields(self) -> Self:
         # later DARTS stages begin with a reduction, so they may have no other cells
         fewest = 1 if self.skeleton == "nasbench201" else 0
         if self.cells[0] < 1 or min(self.cells) < fewest:
@@ -129,8 +129,8 @@ class CellSpace(SearchSpace):
                         f"{key} cannot be {pair!r}: name two earlier nodes, as in '0+1'"
                     )
 
-        # building the plan makes every op, and so rejects unknown options
-        self.plan()
+        # making the steps makes every op, and so rejects unknown options
+        self.make_steps()
         return self
 
     @property
@@ -191,33 +191,33 @@ class CellSpace(SearchSpace):
                     decisions.append(Choice(key, self.inputs[key], "inputs"))
         return open_choices(decisions)
 
-    def plan(self, pool_norm: bool = False) -> tuple[CellStep, ...]:
-        """All places of the network in order. ``pool_norm`` adds a BN after every
+    def make_steps(self, pool_norm: bool = False) -> tuple[CellStep, ...]:
+        """All steps of the network in order. ``pool_norm`` adds a BN after every
         pooling op, as DARTS does during the search.
         """
-        return plan_of(self, pool_norm)
+        return steps_of(self, pool_norm)
 
     @cached_property
-    def places(self) -> tuple[CellStep, ...]:
-        """The plan of the final networks, without BN after pooling."""
-        return self.plan()
+    def steps(self) -> tuple[CellStep, ...]:
+        """The steps of the final networks, without BN after pooling."""
+        return self.make_steps()
 
     def terms(self) -> tuple[Term, ...]:
         """One term per op that always runs and one per edge of every cell. All cells of
         a kind share the choices of an edge.
         """
-        return tuple(_term(place) for place in self.places if place.kind in ("op", "edge"))
+        return tuple(_term(step) for step in self.steps if step.kind in ("op", "edge"))
 
     def decode(self, picks: Mapping[str, Option], name: str | None = None) -> Architecture:
         """The network of ``picks``. Raises SpaceError as ``check`` does."""
-        return self.network(picks, self.places, name)
+        return self.network(picks, self.steps, name)
 
     def network(
-        self, picks: Mapping[str, Option], places: Sequence[CellStep], name: str | None = None
+        self, picks: Mapping[str, Option], steps: Sequence[CellStep], name: str | None = None
     ) -> Architecture:
-        """The network of ``picks`` at the ``places`` of a plan."""
+        """The network that the ``steps`` make with ``picks``."""
         self.check(picks)
-        builder, _ = self.walk(picks, places)
+        builder, _ = self.walk(picks, steps)
         return Architecture(
             name=name or f"{self.name}-sample",
             in_channels=self.in_channels,
@@ -228,36 +228,36 @@ class CellSpace(SearchSpace):
         )
 
     def walk(
-        self, picks: Mapping[str, Option], places: Sequence[CellStep]
-    ) -> tuple[GraphBuilder, tuple[PlacedOp, ...]]:
-        """The graph of ``picks`` at the ``places`` of a plan, and where each of its
+        self, picks: Mapping[str, Option], steps: Sequence[CellStep]
+    ) -> tuple[GraphBuilder, tuple[StepOp, ...]]:
+        """The graph that the ``steps`` make with ``picks``, and where each of its
         blocks comes from.
         """
         builder = GraphBuilder()
-        blocks: list[PlacedOp] = []
+        blocks: list[StepOp] = []
         points: list[int | None] = [0]  # the image
-        for index, place in enumerate(places):
+        for index, step in enumerate(steps):
             option = ""
-            if place.kind == "edge":
-                option = str(picks.get(place.key, place.options[0]))
-            # a place adds one block or none
+            if step.kind == "edge":
+                option = str(picks.get(step.key, step.options[0]))
+            # a step adds one block or none
             before = len(builder.blocks)
-            points.append(_add_place(builder, place, points, option, _is_kept(place, picks)))
-            blocks += [PlacedOp(index, option, op) for op in builder.blocks[before:]]
+            points.append(_add_step(builder, step, points, option, _is_kept(step, picks)))
+            blocks += [StepOp(index, option, op) for op in builder.blocks[before:]]
         return builder, tuple(blocks)
 
-    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
-        """One place per block; edges that compute nothing are left out."""
+    def _positions(self, arch: Architecture, picks: Picks) -> tuple[Position, ...]:
+        """One position per block; edges that compute nothing are left out."""
         del arch
-        _, blocks = self.walk(picks, self.places)
-        return tuple(Placed.of(self.places[block.place].slot, block.op) for block in blocks)
+        _, blocks = self.walk(picks, self.steps)
+        return tuple(Position.of(self.steps[block.step].slot, block.op) for block in blocks)
 
     def canonical(self, index_C: np.ndarray) -> np.ndarray:
         """Option positions [choices], set to 0 for edges that are not kept."""
         picks = self.at(index_C)
         canonical_C = index_C.copy()
         for position, choice in enumerate(self.choices):
-            if choice.kind == "op" and not self.kept(choice.key, picks):
+            if choice.kind == "op" and not self.is_kept(choice.key, picks):
                 canonical_C[position] = 0
         return canonical_C
 
@@ -323,7 +323,7 @@ class CellSpace(SearchSpace):
                 key = edge_key(cell, source, node)
                 counts[key] = 0
                 option = picks.get(key, self.edges[key][0])
-                if option != NONE and self.kept(key, picks):
+                if option != NONE and self.is_kept(key, picks):
                     connected.append((source, node))
 
         # Paths from an input to each node, then from each node to the output. Edges are
@@ -340,7 +340,7 @@ class CellSpace(SearchSpace):
             counts[edge_key(cell, source, node)] = before[source] * after[node]
         return counts
 
-    def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
+    def is_kept(self, key: str, picks: Mapping[str, Option]) -> bool:
         """Whether the node at the end of edge ``key`` keeps the edge."""
         sources = self._kept_sources(key, picks)
         return sources is None or Address.parse(key).source in sources
@@ -373,14 +373,14 @@ class CellSpace(SearchSpace):
         """Complete ``picks`` so that they decode to ``arch``. None if that is
         impossible.
 
-        This is a backtracking search. ``builder`` and ``points`` hold the part of the
-        graph that is already built. A choice is branched on at the first place that
-        needs it; later places of the same kind of cell reuse the pick.
+        This is a backtracking search. ``builder`` and ``points`` are the part of the
+        graph that is already built. A choice is branched on at the first step that
+        needs it; later steps of the same kind of cell reuse the pick.
         """
-        while len(points) <= len(self.places):
-            place = self.places[len(points) - 1]
+        while len(points) <= len(self.steps):
+            step = self.steps[len(points) - 1]
 
-            open_key, options = self._open_choice(place, picks)
+            open_key, options = self._open_choice(step, picks)
             for option in options:
                 branch = {**picks, open_key: option}
                 matched = self._match(arch, branch, _copy(builder), list(points))
@@ -389,8 +389,8 @@ class CellSpace(SearchSpace):
             if open_key:
                 return None
 
-            option = str(picks.get(place.key, ""))
-            points.append(_add_place(builder, place, points, option, _is_kept(place, picks)))
+            option = str(picks.get(step.key, ""))
+            points.append(_add_step(builder, step, points, option, _is_kept(step, picks)))
             # Stop as early as possible: the graph so far must be a prefix of the whole.
             if arch.graph[: len(builder.steps)] != tuple(builder.steps):
                 return None
@@ -399,15 +399,15 @@ class CellSpace(SearchSpace):
 
         return picks if len(builder.steps) == len(arch.graph) else None
 
-    def _open_choice(self, place: CellStep, picks: Picks) -> tuple[str, tuple[str, ...]]:
-        """The key and the options of a choice that ``place`` depends on and that
+    def _open_choice(self, step: CellStep, picks: Picks) -> tuple[str, tuple[str, ...]]:
+        """The key and the options of a choice that ``step`` depends on and that
         ``picks`` leave open; an empty key if there is none.
         """
         # the inputs come first: an edge that is not kept needs no option
-        if place.keep_key and place.keep_key not in picks:
-            return place.keep_key, self.inputs.get(place.keep_key, ())
-        if place.key and place.key not in picks and _is_kept(place, picks):
-            return place.key, place.options
+        if step.keep_key and step.keep_key not in picks:
+            return step.keep_key, self.inputs.get(step.keep_key, ())
+        if step.key and step.key not in picks and _is_kept(step, picks):
+            return step.key, step.options
         return "", ()
 
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
@@ -416,7 +416,8 @@ class CellSpace(SearchSpace):
 
         Raises SpaceError on an unknown choice or option.
         """
-        edges, inputs = dict(self.edges), dict(self.inputs)
+        edges = dict(self.edges)
+        inputs = dict(self.inputs)
         for key, options in allowed.items():
             # Not a choice of this space, but a restriction to the only value is fine.
             if key == RESOLUTION and list(options) == [self.resolution]:
@@ -585,7 +586,7 @@ class CellSpace(SearchSpace):
         edges = []
         for source in range(node):
             key = edge_key(cell, source, node)
-            if self.kept(key, picks):
+            if self.is_kept(key, picks):
                 edges.append((str(picks.get(key, self.edges[key][0])), source))
         return edges
 
@@ -607,53 +608,56 @@ def _copy(builder: GraphBuilder) -> GraphBuilder:
     return GraphBuilder(list(builder.blocks), list(builder.steps))
 
 
-def _is_kept(place: CellStep, picks: Mapping[str, Option]) -> bool:
-    """Whether the picks keep the edge of a place. Other places are always kept."""
-    if not place.kept:
+def _is_kept(step: CellStep, picks: Mapping[str, Option]) -> bool:
+    """Whether the picks keep the edge of a step. Steps of other kinds are
+    always kept.
+    """
+    if not step.kept:
         return True
-    if len(place.kept) == 1:  # a single pair is not a choice: no pick names it
-        return place.kept[0]
-    return Address.parse(place.key).source in sources_of(str(picks[place.keep_key]))
+    if len(step.kept) == 1:  # a single pair is not a choice: no pick names it
+        return step.kept[0]
+    return Address.parse(step.key).source in sources_of(str(picks[step.keep_key]))
 
 
-def _add_place(
-    builder: GraphBuilder, place: CellStep, points: Sequence[int | None], option: str, kept: bool
+def _add_step(
+    builder: GraphBuilder, step: CellStep, points: Sequence[int | None], option: str, kept: bool
 ) -> int | None:
-    """Add a place to a graph. Returns the point that it makes, or None for no
+    """Add a step to a graph. Returns the point that it makes, or None for no
     connection.
     """
-    inputs = [points[point] for point in place.of]
+    inputs = [points[point] for point in step.of]
     present = [point for point in inputs if point is not None]
-    if place.kind == "sum":
+    if step.kind == "sum":
         if not present:
-            return builder.zero(place.channels, place.size)
+            return builder.zero(step.channels, step.size)
         return builder.sum(present)
 
     # only edges can be unconnected, and only sums read edges
-    assert len(present) == len(inputs), f"{place.slot} reads a point that was not made"
-    if place.kind == "concat":
+    assert len(present) == len(inputs), f"{step.slot} reads a point that was not made"
+    if step.kind == "concat":
         return builder.concat(present)
-    if place.kind == "op":
-        assert place.op is not None
-        return builder.op(place.op, present[0])
+    if step.kind == "op":
+        assert step.op is not None
+        return builder.op(step.op, present[0])
     if not kept or option == NONE:
         return None
-    op = place.ops[place.options.index(option)]
-    if op is None:  # an identity: the next place reads the same point
+    op = step.ops[step.options.index(option)]
+    if op is None:  # an identity: the next step reads the same point
         return present[0]
     return builder.op(op, present[0])
 
 
-def _term(place: CellStep) -> Term:
+def _term(step: CellStep) -> Term:
     """The term of an op or an edge."""
-    if place.kind == "op":
-        return Term(place.slot, (), (), (place.op,))
+    if step.kind == "op":
+        return Term(step.slot, (), (), (step.op,))
 
     # row-major: the option of the edge first, then the edges that the node keeps
-    kept = place.kept or (True,)
+    kept = step.kept or (True,)
     ops: list[Op | None] = []
-    for op in place.ops:
-        ops += [op if keeps else None for keeps in kept]
+    for op in step.ops:
+        for keeps in kept:
+            ops.append(op if keeps else None)
 
-    counts = {place.key: len(place.options), place.keep_key: len(kept)}
-    return Term.over(place.slot, counts, ops, place.options)
+    counts = {step.key: len(step.options), step.keep_key: len(kept)}
+    return Term.over(step.slot, counts, ops, step.options)

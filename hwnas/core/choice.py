@@ -44,7 +44,7 @@ _PATTERNS = {kind: _key_pattern(key_format) for kind, key_format in _KEYS.items(
 
 @dataclass(frozen=True)
 class Address:
-    """The place in a network that a choice decides: its key, parsed into fields. Fields
+    """The part of a network that a choice decides: its key, parsed into fields. Fields
     that a ``kind`` does not use keep their defaults.
 
     For ``block``, ``width`` and ``depth``, ``part`` is a stage (``"s2"``) and ``slot``
@@ -105,8 +105,8 @@ class Choice:
 
     @property
     def address(self) -> Address:
-        """The place that it decides. Raises SpaceError if the key has an unknown
-        format.
+        """The part of a network that it decides. Raises SpaceError if the key has an
+        unknown format.
         """
         return Address.parse(self.key)
 

@@ -4,8 +4,8 @@ multiply-accumulates, parameters, or bytes of their weights.
     cost(picks) = fixed + sum of the costs of its ops
 
 With a latency table, the fixed part is the intercept of its calibration, and the ops
-cost its calibrated entries. Counted costs have no fixed part. ``additive_cost`` computes
-exact and expected costs over a whole space.
+cost its calibrated entries. Counted costs have no fixed part. ``additive_cost``
+computes exact and expected costs over a whole space.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BYTES: dict[Dtype, int] = {"fp32": 4, "int8": 1}
 
 UnitName: TypeAlias = Literal["ms", "macs", "params", "size_bytes"]
 
-NAMED_OPS = 5
+MAX_LISTED_OPS = 5
 """How many missing ops an error message lists; the rest are counted."""
 
 
@@ -99,9 +99,9 @@ def check_coverage(ops: Sequence[Op], table: LatencyTable, of: str) -> None:
     """
     missing = missing_ops(ops, table)
     if missing:
-        names = ", ".join(missing[:NAMED_OPS])
-        if len(missing) > NAMED_OPS:
-            names += f" and {len(missing) - NAMED_OPS} more"
+        names = ", ".join(missing[:MAX_LISTED_OPS])
+        if len(missing) > MAX_LISTED_OPS:
+            names += f" and {len(missing) - MAX_LISTED_OPS} more"
         raise CoverageError(
             f"table {table.title} (made for {table.header.space}) lacks {len(missing)} of the"
             f" {len(ops)} ops of {of}: {names}. Profile this space on the device.",
@@ -157,8 +157,8 @@ class CostModel:
     ) -> CostModel:
         """Latency in milliseconds.
 
-        Raises CoverageError or TableError if the table does not cover every architecture
-        of the space, and TableError if it is not calibrated, unless
+        Raises CoverageError or TableError if the table does not cover every
+        architecture of the space, and TableError if it is not calibrated, unless
         ``allow_uncalibrated`` is set.
         """
         if table.calibration is None and not allow_uncalibrated:
@@ -171,8 +171,7 @@ class CostModel:
         if foreign:
             raise TableError(
                 f"table {table.title} has costs for slots of another space"
-                f" ({', '.join(foreign[:5])}):"
-                f" space {space.name} does not have these slots."
+                f" ({', '.join(foreign[:5])}): space {space.name} does not have these slots."
             )
         fixed_ms = _intercept_ms(table)
         if table.slots:
@@ -224,7 +223,9 @@ class CostModel:
         return "" if self.table is None else f" on {self.table.title}"
 
     def cost(self, picks: Mapping[str, Option]) -> float:
-        """The cost of ``picks``. Raises SpaceError if they do not belong to the space."""
+        """The cost of ``picks``. Raises SpaceError if they do not belong to
+        the space.
+        """
         return self.additive_cost.cost(picks)
 
     def costs(self, index_NC: np.ndarray) -> np.ndarray:
@@ -245,9 +246,9 @@ class CostModel:
     def marginals(self, gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """d E[cost] / d gate, in numpy: choice key -> float64 [options].
 
-        This is what each option adds to the expected cost while the other choices follow
-        ``gates``. Among all small changes of a policy p that lower its expected cost by
-        the same amount, p * exp(-s * marginal), normalised, has the smallest
+        This is what each option adds to the expected cost while the other choices
+        follow ``gates``. Among all small changes of a policy p that lower its expected
+        cost by the same amount, p * exp(-s * marginal), normalised, has the smallest
         Kullback-Leibler divergence from p.
         """
         return self.additive_cost.marginals(gates)
@@ -275,8 +276,8 @@ def weight_bytes(params: int, dtype: Dtype = "fp32") -> int:
 
     BN scales and shifts are counted as in ``Op.params``. This is the part that can be
     compared between architectures, not the length of the exported file, which differs
-    by its folded BN, the 32-bit biases of int8 networks, the quantisation scales and the
-    graph itself.
+    by its folded BN, the 32-bit biases of int8 networks, the quantisation scales and
+    the graph itself.
     """
     return params * BYTES[dtype]
 

@@ -14,12 +14,12 @@ from hwnas.core.ops import Classifier, Op
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import Calibration, LatencyTable
 
-NAMED_OPS = 3
+MAX_LISTED = 3
 """How many missing ops of a network are listed; the rest are counted."""
 
 COVERED = 0.1
-"""If a table covers less than this share of a space's ops, it was made for something else
-(our choice).
+"""If a table covers less than this share of a space's ops, it was made for something
+else (our choice).
 """
 
 
@@ -47,8 +47,8 @@ def format_count(number: int) -> str:
 def describe_space(
     space: SearchSpace, table: LatencyTable | None = None, networks: Sequence[Architecture] = ()
 ) -> str:
-    """A space's size, plan and a sample; if there is a ``table``, its coverage of the
-    space and its predictions for ``networks``.
+    """A space's size, the ops to measure and a sample; if there is a ``table``, its
+    coverage of the space and its predictions for ``networks``.
     """
     picks = space.sample(np.random.default_rng(0))
     arch = space.decode(picks, f"{space.name}-sample-0")
@@ -61,7 +61,7 @@ def describe_space(
         )
     lines.append(f"choices      {len(space.choices)}, {architectures}")
     if space.ADDITIVE:
-        lines.append(f"plan         {len(space.ops)} ops to measure:")
+        lines.append(f"ops          {len(space.ops)} to measure:")
         lines += _indented(op.key for op in space.ops)
 
     lines.append(
@@ -97,7 +97,9 @@ def _coverage_lines(space: SearchSpace, table: LatencyTable) -> list[str]:
 
 @singledispatch
 def _facts(space: SearchSpace) -> list[str]:
-    """Input and classes of a space's networks, and what is special to its kind of space."""
+    """Input and classes of a space's networks, and what is special to its kind of
+    space.
+    """
     return [
         f"input        {space.in_channels} x {space.resolution} x {space.resolution},"
         f" {space.classes} classes"
@@ -110,11 +112,8 @@ def _facts_of_blocks(space: MacroSpace) -> list[str]:
     pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in sizes)
     return [
         f"input        {pixels}, {space.classes} classes, {space.act}",
-        (
-            f"decisions    {format_count(space.decisions)} raw combinations"
-            f" (kernel, expansion, skip,"
-            " width, depth, resolution apart)"
-        ),
+        f"decisions    {format_count(space.decisions)} raw combinations of separate decisions"
+        " (kernel, expansion, skip, width, depth, resolution)",
     ]
 
 
@@ -135,9 +134,9 @@ def _predicted(arch: Architecture, table: LatencyTable) -> str:
     missing = missing_ops(arch.ops(), table)
     if not missing:
         return f"{latency_ms(arch, table):.4g} ms predicted"
-    names = ", ".join(missing[:NAMED_OPS])
-    if len(missing) > NAMED_OPS:
-        names += f" and {len(missing) - NAMED_OPS} more"
+    names = ", ".join(missing[:MAX_LISTED])
+    if len(missing) > MAX_LISTED:
+        names += f" and {len(missing) - MAX_LISTED} more"
     return f"lacks {len(missing)} of {len(arch.ops())} ops: {names}"
 
 
@@ -188,13 +187,13 @@ def why_uncovered(ops: Sequence[Op], table: LatencyTable) -> str | None:
     differences = []
     for trait, value in theirs.items():
         if value != ours[trait]:
-            differences.append(f"{value} {trait}, this space of {ours[trait]} {trait}")
+            differences.append(f"{value} {trait}, but this space uses {ours[trait]} {trait}")
     if not differences:
         return (
             f"the table (made for {table.header.space}) has ops of other kinds or widths than this"
             " space."
         )
-    return f"the table (made for {table.header.space}) has ops of {'; of '.join(differences)}."
+    return f"the table (made for {table.header.space}) has ops for {'; for '.join(differences)}."
 
 
 def _traits(ops: Sequence[Op]) -> dict[str, str]:

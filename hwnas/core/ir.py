@@ -1,16 +1,18 @@
 """The intermediate representation of a block: what it computes, as a small graph that
 is defined once and used everywhere.
 
-A ``Program`` is a list of nodes in single-assignment form. Value 0 is the block's input,
-and node i makes value i + 1 from earlier values. ``ProgramWriter`` infers shapes while a
-program is written. Multiply-accumulates, parameters and live feature maps are computed
-from the program; torch modules, weight-shared layers, TFLite and ONNX files are built
-from it.
+A ``Program`` is a list of nodes in single-assignment form. Value 0 is the block's
+input, and node i makes value i + 1 from earlier values. ``ProgramWriter`` infers shapes
+while a program is written. Multiply-accumulates, parameters and live feature maps are
+computed from the program; torch modules, weight-shared layers, TFLite and ONNX files
+are built from it.
 
-======================  =============================================================================================
+======================  ==============================================================
 ``conv``                convolution; BN, or a bias, or neither; an activation
-``linear``              the map flattened to a vector; a fully connected layer with a bias
-``avgpool, maxpool``    k x k pooling that ignores its padding (no padding if k is even); BN without scale and shift
+``linear``              the map flattened to a vector; a fully connected layer with a
+                        bias
+``avgpool, maxpool``    k x k pooling that ignores its padding (no padding if k is
+                        even); BN without scale and shift
 ``norm``                BN, an activation
 ``act``                 an activation
 ``mean``                global average pooling, to [channels, 1, 1]
@@ -19,8 +21,9 @@ from it.
 ``concat``              the channels of several maps, concatenated
 ``shuffle``             channel i of group g becomes channel i * groups + g (ShuffleNet)
 ``crop``                the map without its first row and its first column
-``channels``            a 1-D convolution along the channels of [channels, 1, 1], one kernel for all, without a bias; an activation
-======================  =============================================================================================
+``channels``            a 1-D convolution along the channels of [channels, 1, 1], one
+                        kernel for all, without a bias; an activation
+======================  ==============================================================
 
 BN and activation are part of the node that they follow, because runtimes fuse them into
 it, and because a narrower node of a super-net slices both in the same way.
@@ -31,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 Kind: TypeAlias = Literal[
     "conv",
@@ -50,7 +53,7 @@ Kind: TypeAlias = Literal[
 ]
 POOLS: tuple[Kind, ...] = ("avgpool", "maxpool")
 LAYERS: tuple[Kind, ...] = ("conv", "linear", *POOLS, "norm", "channels")
-"""Kinds that hold weights or statistics, and pooling. These are called layers."""
+"""Kinds with weights or statistics, and pooling. These are called layers."""
 IN_PLACE: tuple[Kind, ...] = ("act", "add", "mul", "norm")
 """Kinds whose result a runtime writes over the first map that they read."""
 INPUT = 0
@@ -61,9 +64,10 @@ INPUT = 0
 class Node:
     """One node of a program: its inputs, shape and attributes.
 
-    ``size`` is the input height = width in pixels; padding is ``dilation * (kernel //
-    2)`` on each side. ``name`` is the path of its weights in the block's torch module; a
-    dot means a submodule (``se.reduce``). ``inputs`` are the values that it reads.
+    ``size`` is the input height = width in pixels; padding is
+    ``dilation * (kernel // 2)`` on each side. ``name`` is the path of its weights in
+    the block's torch module; a dot means a submodule (``se.reduce``). ``inputs`` are
+    the values that it reads.
     """
 
     name: str
@@ -96,8 +100,8 @@ class Node:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for one image, in convolutions and fully connected layers.
-        Other nodes count as 0.
+        """Multiply-accumulates for one image, in convolutions and fully connected
+        layers. Other nodes count as 0.
         """
         if self.kind == "channels":
             # The kernel is applied once at each channel.
@@ -108,7 +112,9 @@ class Node:
 
     @property
     def params(self) -> int:
-        """Weights, biases, BN scales and BN shifts. The BN after pooling has neither."""
+        """Weights, biases, BN scales and BN shifts. The BN after pooling
+        has neither.
+        """
         if self.kind == "channels":
             return self.kernel
         if self.kind == "norm":
@@ -131,7 +137,9 @@ class Node:
 
 
 def out_size(size: int, stride: int) -> int:
-    """Output height = width of a layer with padding ``kernel // 2``: ceil(size / stride)."""
+    """Output height = width of a layer with padding ``kernel // 2``: ceil(size /
+    stride).
+    """
     return -(-size // stride)  # ceil in integer arithmetic
 
 
@@ -203,6 +211,25 @@ class Program:
             alive = (alive - ending) | {position + 1}
 
 
+class DepthwiseAttributes(TypedDict, total=False):
+    """The optional fields of a depthwise convolution's ``Node``. ``norm`` is True by
+    default.
+    """
+
+    stride: int
+    dilation: int
+    norm: bool
+    act: str
+
+
+class ConvAttributes(DepthwiseAttributes, total=False):
+    """The optional fields of a convolution's ``Node``."""
+
+    kernel: int
+    groups: int
+    bias: bool
+
+
 @dataclass
 class ProgramWriter:
     """Writes a program: every method adds a node and returns its value. Shapes follow
@@ -237,31 +264,13 @@ class ProgramWriter:
         name: str,
         value: int,
         out_ch: int,
-        *,
-        kernel: int = 1,
-        stride: int = 1,
-        groups: int = 1,
-        dilation: int = 1,
-        norm: bool = True,
-        bias: bool = False,
-        act: str = "none",
+        **attributes: Unpack[ConvAttributes],
     ) -> int:
         """A convolution with BN, with a bias (``norm=False, bias=True``), or with
         neither.
         """
-        return self._layer(
-            name,
-            "conv",
-            value,
-            out_ch,
-            kernel=kernel,
-            stride=stride,
-            groups=groups,
-            dilation=dilation,
-            norm=norm,
-            bias=bias,
-            act=act,
-        )
+        attributes.setdefault("norm", True)  # unlike the default of a node
+        return self._layer(name, "conv", value, out_ch, **attributes)
 
     def depthwise(
         self,
@@ -269,24 +278,11 @@ class ProgramWriter:
         value: int,
         *,
         kernel: int,
-        stride: int = 1,
-        dilation: int = 1,
-        norm: bool = True,
-        act: str = "none",
+        **attributes: Unpack[DepthwiseAttributes],
     ) -> int:
         """A depthwise convolution, with BN or with neither BN nor bias."""
         channels = self.channels_of(value)
-        return self.conv(
-            name,
-            value,
-            channels,
-            kernel=kernel,
-            stride=stride,
-            groups=channels,
-            dilation=dilation,
-            norm=norm,
-            act=act,
-        )
+        return self.conv(name, value, channels, kernel=kernel, groups=channels, **attributes)
 
     def linear(self, name: str, value: int, out_ch: int) -> int:
         """A fully connected layer with a bias."""
@@ -352,7 +348,9 @@ class ProgramWriter:
         return Program(self.in_ch, self.size, tuple(self.nodes), outputs)
 
     def _layer(self, name: str, kind: Kind, value: int, out_ch: int, **attributes: Any) -> int:
-        """A node that reads one value; ``attributes`` are further fields of ``Node``."""
+        """A node that reads one value; ``attributes`` are further fields of
+        ``Node``.
+        """
         node = Node(
             name,
             kind,

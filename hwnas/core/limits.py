@@ -1,7 +1,8 @@
 """Budgets and limits: what a search has to meet, in milliseconds, multiply-accumulates,
 parameters, bytes of weights or bytes of activations.
 
-The same types describe the budget that a search aims at and the hard limits beside it.
+The same types describe the budget that a search aims at and the hard limits in
+addition to it.
 In an experiment's TOML file::
 
     [search.budget]
@@ -56,7 +57,8 @@ def activation_bytes(op: Op, dtype: Dtype = "fp32") -> int:
     layers needs less; one that aligns buffers or never reuses them needs more.
 
     Example:
-        >>> activation_bytes(Op.parse("mbconv-h8-i16-o16-m48-k3-relu-id"), "int8")  # depthwise: 48 + 48, and 16 kept, of 8 x 8
+        >>> # the depthwise convolution: 48 + 48 maps, and 16 kept, of 8 x 8
+        >>> activation_bytes(Op.parse("mbconv-h8-i16-o16-m48-k3-relu-id"), "int8")
         7168
     """
     return max(op.program.live_numbers()) * BYTES[dtype]
@@ -70,8 +72,8 @@ def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
     see ``core.graph.live_numbers``.
 
     The predictors of a detector are assumed to run as soon as their feature map exists,
-    and their results to be the output. A runtime that runs the predictors last keeps the
-    tapped maps until then.
+    and their results to be the output. A runtime that runs the predictors last keeps
+    the tapped maps until then.
     """
     if arch.graph:
         image = (arch.in_channels, arch.resolution)
@@ -141,14 +143,14 @@ class Compiled:
 
 
 Count = Annotated[int | float, Field(union_mode="left_to_right")]
-"""A count. Whole numbers become integers, however they are written; computed targets may
-have a fraction.
+"""A count. Whole numbers become integers, however they are written; computed targets
+may have a fraction.
 """
 
 
 class _Limit(BaseModel):
-    """A maximum, or the target of ``search.budget``. Only the latter may leave its number
-    open, for ``search.target_range``.
+    """A maximum, or the target of ``search.budget``. Only the latter may leave its
+    number open, for ``search.target_range``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -184,8 +186,8 @@ class _Limit(BaseModel):
 
 
 class LatencyLimit(_Limit):
-    """Latency predicted by a table. A limit names its own table, which may be of another
-    device or runtime than the profiled one.
+    """Latency predicted by a table. A limit names its own table, which may be of
+    another device or runtime than the profiled one.
     """
 
     FIELD: ClassVar[str] = "max_ms"
@@ -289,8 +291,8 @@ class ActivationLimit(_Limit):
         load_table: Callable[[str], LatencyTable],
         allow_uncalibrated: bool,
     ) -> Compiled:
-        """The maximum over ops. In a space of cells, where maps of several ops are alive
-        at once, the maximum over the steps of each network.
+        """The maximum over ops. In a space of cells, where maps of several ops are
+        alive at once, the maximum over the steps of each network.
         """
         assert self.max_bytes is not None  # checked by ``Limit``
         most = self.max_bytes
@@ -338,8 +340,11 @@ class Limits:
 
     Example:
         >>> from hwnas.core.spaces import mobile32
-        >>> limits = Limits(mobile32(), [MacsLimit(kind="macs", max_macs=20_000_000)], LatencyTable.load)
-        >>> limits.feasible(mobile32().index(mobile32().sample(np.random.default_rng(0)))[None])
+        >>> space = mobile32()
+        >>> limit = MacsLimit(kind="macs", max_macs=20_000_000)
+        >>> limits = Limits(space, [limit], LatencyTable.load)
+        >>> picks = space.sample(np.random.default_rng(0))
+        >>> limits.feasible(space.index(picks)[None])
         array([ True])
     """
 
@@ -357,7 +362,9 @@ class Limits:
         )
 
     def also(self, *more: Compiled) -> Limits:
-        """These limits and ``more``, such as a limit that a search method adds itself."""
+        """These limits and ``more``, such as a limit that a search method
+        adds itself.
+        """
         extended = copy(self)
         extended.compiled = (*self.compiled, *more)
         return extended
@@ -377,8 +384,8 @@ class Limits:
         return _stacked(columns, len(index_NC))
 
     def excess(self, index_NC: np.ndarray) -> np.ndarray:
-        """How far each limit is exceeded, relative to it: value / maximum - 1, so at most
-        0 if the limit is met. float64 [N, limits].
+        """How far each limit is exceeded, relative to it: value / maximum - 1, so at
+        most 0 if the limit is met. float64 [N, limits].
         """
         excess: np.ndarray = self.values(index_NC) / self.most - 1
         return excess
@@ -406,8 +413,8 @@ class Limits:
         return {limit.title: limit.additive_cost.cost(picks) for limit in self.compiled}
 
     def check(self) -> None:
-        """Raise TargetError, with the reachable range, if any single limit cannot be met
-        by any architecture.
+        """Raise TargetError, with the reachable range, if any single limit cannot be
+        met by any architecture.
         """
         for i, limit in enumerate(self.compiled):
             low, high = limit.additive_cost.bounds()
@@ -421,14 +428,14 @@ class Limits:
 
 
 def _stacked(columns: list[np.ndarray], rows: int) -> np.ndarray:
-    """Columns [rows] side by side: [rows, columns]. Without columns, numpy could not tell
-    the number of rows.
+    """Columns [rows] side by side: [rows, columns]. Without columns, numpy could not
+    tell the number of rows.
     """
     return np.stack(columns, axis=1) if columns else np.zeros((rows, 0))
 
 
 def _shown(value: float) -> str:
-    """Counts in full, so that the printed bound can be used as a limit; other values with
-    six digits.
+    """Counts in full, so that the printed bound can be used as a limit; other values
+    with six digits.
     """
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.6g}"

@@ -6,8 +6,12 @@ not a percentage, so it is shown as a plain number.
 
 from __future__ import annotations
 
-ACCURACY, AP, OF_LOSS = "accuracy", "AP", "1 / (1 + loss)"
-"""The values of ``SearchResult.metric``."""
+ACCURACY = "accuracy"
+"""The metric of classifiers."""
+AP = "AP"
+"""The metric of detectors."""
+OF_LOSS = "1 / (1 + loss)"
+"""The metric of both with ``search.quality = "loss"``."""
 
 
 def shown(metric: str, value: float) -> str:
@@ -38,8 +42,10 @@ def shown_difference(metric: str, value: float, error: float) -> str:
     """A difference between two qualities, with its standard error, as text.
 
     Example:
-        >>> shown_difference(ACCURACY, 0.042, 0.0101), shown_difference(OF_LOSS, 0.042, 0.0101)
-        ('4.2 ± 1.0 points', '0.042 ± 0.010')
+        >>> shown_difference(ACCURACY, 0.042, 0.0101)
+        '4.2 ± 1.0 points'
+        >>> shown_difference(OF_LOSS, 0.042, 0.0101)
+        '0.042 ± 0.010'
     """
     if metric == OF_LOSS:
         return f"{value:.3f} ± {error:.3f}"

@@ -189,9 +189,9 @@ class NASBench101Space(SearchSpace):
         known_ops = all(op in OPS for op in ops[1:-1])
         if not _is_matrix(matrix_VV, len(ops)) or not known_ops:
             raise SpaceError(
-                f"{truncate(text)} is not a cell of space {self.name}: the matrix has 0 and 1"
-                f" above its diagonal and one row for each of 2 to {VERTICES} vertices, and the"
-                f" ops between input and output are among {', '.join(OPS)}."
+                f"{truncate(text)} is not a cell of space {self.name}: write an upper"
+                f" triangular 0/1 matrix of 2 to {VERTICES} vertices, and ops between input and"
+                f" output from {', '.join(OPS)}."
             )
 
         # a smaller cell leaves out inner vertices: its output is still the last vertex
@@ -365,7 +365,8 @@ class _Cell:
 
 def _add_cell(builder: GraphBuilder, entry: int, cell: _Cell) -> int:
     """Add a cell whose input is the point ``entry``. Returns its output point."""
-    matrix_VV, widths = cell.matrix_VV, cell.widths
+    matrix_VV = cell.matrix_VV
+    widths = cell.widths
     last = len(cell.ops) - 1
     points = [entry]
     for vertex in range(1, last):

@@ -3,32 +3,40 @@ loss), cost and target.
 
 With the relative cost r = T / T0, the rewards (higher is better) are:
 
-========================  =================================  ==========================================
-``absolute``              Q + beta * |r - 1|                 TuNAS, eq. 2 (arXiv 2008.06120); beta = -0.10
-``mnas``                  Q * r^beta                         MnasNet, soft (arXiv 1807.11626); beta = -0.07
-``mnas_hard``             Q * min(r^beta, 1)                 MnasNet, hard: no bonus below the target
-``proxylessnas_reward``   Q * (1 / r)^0.1                    ProxylessNAS, REINFORCE (arXiv 1812.00332)
-========================  =================================  ==========================================
+=======================  ===============================  ==============================
+``absolute``             Q + beta * |r - 1|               TuNAS, eq. 2 (arXiv
+                                                          2008.06120); beta = -0.10
+``mnas``                 Q * r^beta                       MnasNet, soft (arXiv
+                                                          1807.11626); beta = -0.07
+``mnas_hard``            Q * min(r^beta, 1)               MnasNet, hard: no bonus below
+                                                          the target
+``proxylessnas_reward``  Q * (1 / r)^0.1                  ProxylessNAS, REINFORCE
+                                                          (arXiv 1812.00332)
+=======================  ===============================  ==============================
 
 and the losses (lower is better; differentiable if T is an expectation):
 
-========================  =================================  ==========================================
-``penalised``             aggregate(loss, f(r - 1))          NNI's unifying form, of which all others are cases
-``add_linear``            CE + lambda * (r - 1)              ProxylessNAS, add#linear; lambda = 0.1
-``mul_log``               alpha * CE * (log T / log T0)^b    ProxylessNAS, mul#log; alpha = 0.2, b = 0.3
-``fbnet``                 alpha * CE * (log T)^b             FBNet (arXiv 1812.03443); alpha = 0.2, b = 0.6
-========================  =================================  ==========================================
+=======================  ===============================  ==============================
+``penalised``            aggregate(loss, f(r - 1))        NNI's unifying form, of which
+                                                          all others are cases
+``add_linear``           CE + lambda * (r - 1)            ProxylessNAS, add#linear;
+                                                          lambda = 0.1
+``mul_log``              alpha * CE * (log T / log T0)^b  ProxylessNAS, mul#log;
+                                                          alpha = 0.2, b = 0.3
+``fbnet``                alpha * CE * (log T)^b           FBNet (arXiv 1812.03443);
+                                                          alpha = 0.2, b = 0.6
+=======================  ===============================  ==============================
 
 A logarithm depends on the unit of time and is positive only above one unit. ``mul_log``
 uses milliseconds, as ProxylessNAS does, whose reference is 80 ms. ``fbnet`` uses
 microseconds (our choice), because networks that take less than a millisecond are common
-here. Other costs are counted in millions (``core.cost.Unit.scale``), which then take the
-place of milliseconds.
+here. Other costs are counted in millions (``core.cost.Unit.scale``), which then take
+the place of milliseconds.
 
-``unit_ms`` sets another unit. The unit also changes the weight of latency: if T grows by
-a small fraction, the loss grows by beta / log(T / unit) times that fraction. A latency
-of one unit or less is an error, because the loss would change its direction or become
-NaN.
+``unit_ms`` sets another unit. The unit also changes the weight of latency: if T grows
+by a small fraction, the loss grows by beta / log(T / unit) times that fraction. A
+latency of one unit or less is an error, because the loss would change its direction or
+become NaN.
 """
 
 from __future__ import annotations
@@ -48,8 +56,8 @@ Nonlinear: TypeAlias = Literal["linear", "positive", "negative", "absolute"]
 
 
 def absolute(quality: float, cost: float, target: float, beta: float = -0.10) -> float:
-    """TuNAS's absolute reward. Among architectures of equal quality, it is highest at the
-    target itself.
+    """TuNAS's absolute reward. Among architectures of equal quality, it is highest at
+    the target itself.
 
     Example:
         >>> round(absolute(0.75, 92.4, 84.0), 6)
@@ -64,8 +72,8 @@ def mnas(quality: float, cost: float, target: float, beta: float = -0.07) -> flo
 
 
 def mnas_hard(quality: float, cost: float, target: float, beta: float = -0.07) -> float:
-    """MnasNet's hard exponential reward: as ``mnas`` above the target, the plain quality
-    below it.
+    """MnasNet's hard exponential reward: as ``mnas`` above the target, the plain
+    quality below it.
     """
     return float(quality * min((cost / target) ** beta, 1.0))
 
@@ -126,10 +134,11 @@ def mul_log(
     beta: float = 0.3,
     unit_ms: float = 1.0,
 ) -> Any:
-    """ProxylessNAS's ``mul#log``: alpha * CE * (log E[lat] / log ref)^beta, on floats or tensors.
+    """ProxylessNAS's ``mul#log``: alpha * CE * (log E[lat] / log ref)^beta, on floats
+    or tensors.
 
-    Latencies are in units of ``unit_ms`` milliseconds. Raises TargetError if one of them
-    is a unit or less. [mit-han-lab/proxylessnas: search/nas_manager.py]
+    Latencies are in units of ``unit_ms`` milliseconds. Raises TargetError if one of
+    them is a unit or less. [mit-han-lab/proxylessnas: search/nas_manager.py]
 
     Example:
         >>> round(mul_log(1.0, 80.0, 80.0), 12)
@@ -147,8 +156,8 @@ def fbnet(
     beta: float = 0.6,
     unit_ms: float = MICROSECOND_MS,
 ) -> Any:
-    """FBNet's loss: CE * alpha * (log LAT)^beta, on floats or tensors. It has no target:
-    alpha and beta set the trade-off.
+    """FBNet's loss: CE * alpha * (log LAT)^beta, on floats or tensors. It has no
+    target: alpha and beta set the trade-off.
 
     LAT is the latency under the Gumbel-softmax mask, in units of ``unit_ms``
     milliseconds. Raises TargetError if it is a unit or less. Beta is an exponent, not a
@@ -162,8 +171,8 @@ def fbnet(
 
 
 def _log(latency_ms: Any, unit_ms: float) -> Any:
-    """Logarithm of a latency in units of ``unit_ms``. Raises TargetError if it would not
-    be positive.
+    """Logarithm of a latency in units of ``unit_ms``. Raises TargetError if it would
+    not be positive.
     """
     is_number = isinstance(latency_ms, float | int)
     too_low = latency_ms <= unit_ms

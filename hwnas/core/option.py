@@ -109,12 +109,12 @@ class BlockOption:
         """
         same_shape = in_ch == out_ch and stride == 1
         residual = residual or (self.skip and same_shape)
-        place = _Place(size, in_ch, out_ch, stride, self.act or act, residual)
-        return _KINDS[self.kind].make(self, place)
+        slot = _SlotShape(size, in_ch, out_ch, stride, self.act or act, residual)
+        return _KINDS[self.kind].make(self, slot)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _SlotShape:
     """The properties of an op that come from its slot rather than its option."""
 
     size: int
@@ -136,56 +136,54 @@ class _Kind:
     ``make`` that makes its op. For ``residual`` see ``BlockOption.adds_input``.
     """
 
-    make: Callable[[BlockOption, _Place], Op]
+    make: Callable[[BlockOption, _SlotShape], Op]
     needs: frozenset[str]
     may: frozenset[str] = frozenset()
     residual: bool = True
 
 
-def _conv(option: BlockOption, place: _Place) -> Op:
-    return Conv(*place.shape, option.kernel, place.stride, option.groups, place.act, place.residual)
+def _conv(option: BlockOption, slot: _SlotShape) -> Op:
+    return Conv(*slot.shape, option.kernel, slot.stride, option.groups, slot.act, slot.residual)
 
 
-def _head(option: BlockOption, place: _Place) -> Op:
-    return Head(*place.shape, norm=option.norm, act=place.act)
+def _head(option: BlockOption, slot: _SlotShape) -> Op:
+    return Head(*slot.shape, norm=option.norm, act=slot.act)
 
 
-def _separable(option: BlockOption, place: _Place) -> Op:
+def _separable(option: BlockOption, slot: _SlotShape) -> Op:
     mid = 0  # no expansion convolution
     if option.expansion:
-        mid = scale_width(place.in_ch, option.expansion)
+        mid = scale_width(slot.in_ch, option.expansion)
     # SE works on the width of the depthwise convolution
     return separable(
-        *place.shape,
+        *slot.shape,
         mid,
         kernel=option.kernel,
-        stride=place.stride,
+        stride=slot.stride,
         groups=option.groups,
         eca=option.eca,
-        act=place.act,
-        residual=place.residual,
-        **_se_fields(option, mid or place.in_ch),
+        act=slot.act,
+        residual=slot.residual,
+        **_se_fields(option, mid or slot.in_ch),
     )
 
 
-def _fused(option: BlockOption, place: _Place) -> Op:
-    mid = scale_width(place.in_ch, option.expansion)
+def _fused(option: BlockOption, slot: _SlotShape) -> Op:
+    mid = scale_width(slot.in_ch, option.expansion)
     return Fused(
-        *place.shape,
+        *slot.shape,
         mid,
         option.kernel,
-        place.stride,
+        slot.stride,
         **_se_fields(option, mid),
-        act=place.act,
-        residual=place.residual,
+        act=slot.act,
+        residual=slot.residual,
     )
 
 
-def _universal(option: BlockOption, place: _Place) -> Op:
-    mid = scale_width(place.in_ch, option.expansion)
-    return UIB(
-        *place.shape, mid, option.start, option.kernel, place.stride, place.act, place.residual
-    )
+def _universal(option: BlockOption, slot: _SlotShape) -> Op:
+    mid = scale_width(slot.in_ch, option.expansion)
+    return UIB(*slot.shape, mid, option.start, option.kernel, slot.stride, slot.act, slot.residual)
 
 
 def _se_fields(option: BlockOption, mid: int) -> dict[str, Any]:
@@ -311,7 +309,7 @@ class Factors:
 
     TuNAS searches kernel, expansion and skip as separate decisions; other strategies
     see one list of options. If the options do not form a full grid, they stay one
-    decision: a single axis ``"option"``. ``axes`` holds the name and the values of
+    decision: a single axis ``"option"``. ``axes`` has the name and the values of
     every axis; ``grid[i]`` gives the position of option i on every axis, None for skip.
     """
 
@@ -352,10 +350,12 @@ def factorise(options: tuple[str, ...]) -> Factors:
         if len(values) > 1:
             axes.append((name, values))
 
-    positions = [
-        tuple(values.index(float(getattr(option, name))) for name, values in axes)
-        for option in blocks
-    ]
+    positions = []
+    for option in blocks:
+        position = []
+        for name, values in axes:
+            position.append(values.index(float(getattr(option, name))))
+        positions.append(tuple(position))
     # A full grid has one option in every cell. Options that differ in something else,
     # for instance the activation, share a cell.
     one_kind = len({option.kind for option in blocks}) == 1
@@ -368,5 +368,7 @@ def factorise(options: tuple[str, ...]) -> Factors:
 
     # ``positions`` are those of the blocks in order; put None where the options skip
     of_blocks = iter(positions)
-    grid = [None if option is None else next(of_blocks) for option in parsed]
+    grid: list[tuple[int, ...] | None] = []
+    for parsed_option in parsed:
+        grid.append(next(of_blocks) if parsed_option is not None else None)
     return Factors(tuple(axes), tuple(grid))

@@ -271,17 +271,17 @@ def published(
     if base not in NETWORKS:
         raise SpaceError(f"unknown network {name!r}; {nearest(base, NETWORKS)}")
 
-    usual_resolution, usual_classes = 224, 1000
+    default_resolution, default_classes = 224, 1000  # ImageNet
     if base == _SSDLITE:
-        usual_resolution, usual_classes = 320, 90
+        default_resolution, default_classes = 320, 90  # COCO
     elif base in WRITTEN:
-        usual_resolution = WRITTEN[base].resolution
+        default_resolution = WRITTEN[base].resolution
 
     name = base if width == 1.0 else f"{base}-w{width:g}"
     shape = Shape(
         name=f"{name}-space",
-        resolution=usual_resolution if resolution is None else resolution,
-        classes=usual_classes if classes is None else classes,
+        resolution=default_resolution if resolution is None else resolution,
+        classes=default_classes if classes is None else classes,
         in_channels=in_channels,
         bn_eps=bn_eps,
     )

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from hwnas.core.arch import Architecture, Picks, Placed
+from hwnas.core.arch import Architecture, Picks, Position
 from hwnas.core.choice import RESOLUTION, Choice, Option, Term
 from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
@@ -42,7 +42,7 @@ class SearchSpace(Document):
     """
     ADDITIVE: ClassVar[bool] = True
     """Whether the cost of a network is the sum of its ``terms``. Only then does the
-    space have a profiling plan.
+    space have ops to measure.
     """
 
     name: str
@@ -111,23 +111,23 @@ class SearchSpace(Document):
             " choose another space."
         )
 
-    def placed(self, arch: Architecture) -> tuple[Placed, ...]:
-        """The ops of ``arch``, input to output, with the names of their places.
+    def positions(self, arch: Architecture) -> tuple[Position, ...]:
+        """The ops of ``arch``, input to output, with the names of their positions.
 
-        If ``arch`` comes from this space, the places are the slots of the space,
+        If ``arch`` comes from this space, the positions are the slots of the space,
         including those that its picks leave empty.
         """
         origin = arch.origin
         if origin is None or origin.space_sha256 != self.sha256:
-            return arch.placed()
-        return self._placed(arch, origin.picks)
+            return arch.positions()
+        return self._positions(arch, origin.picks)
 
-    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
-        """``placed`` for a member of this space. Spaces that name their places override
+    def _positions(self, arch: Architecture, picks: Picks) -> tuple[Position, ...]:
+        """``positions`` for a member of this space. Spaces that name them override
         it.
         """
         del picks
-        return arch.placed()
+        return arch.positions()
 
     @property
     def notation(self) -> str:
@@ -196,8 +196,8 @@ class SearchSpace(Document):
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        """The profiling plan: every distinct op that an architecture of the space can
-        contain, in order of appearance.
+        """The ops that profiling measures: every distinct op that an architecture of
+        the space can contain, in order of appearance.
         """
         # a dict keeps the order of insertion, unlike a set
         distinct: dict[Op, None] = {}
@@ -243,7 +243,7 @@ class SearchSpace(Document):
         positions = zip(self.choices, index, strict=True)
         return {choice.key: choice.options[int(position)] for choice, position in positions}
 
-    def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
+    def is_kept(self, key: str, picks: Mapping[str, Option]) -> bool:
         """Whether the block that choice ``key`` decides is part of the network of
         ``picks``. The depth of its stage, or the node it leads to, may leave it out.
         """
@@ -279,5 +279,6 @@ class SearchSpace(Document):
 
 def truncate(text: str) -> str:
     """Quote the text of an architecture for a message, shortened to 60 characters."""
-    shortened = text if len(text) <= 60 else f"{text[:56]} ..."
-    return repr(shortened)
+    if len(text) > 60:
+        text = f"{text[:56]} ..."
+    return repr(text)

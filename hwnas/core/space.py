@@ -25,7 +25,7 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from hwnas.core.arch import Architecture, Origin, Picks, Placed
+from hwnas.core.arch import Architecture, Origin, Picks, Position
 from hwnas.core.choice import open_choices
 from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
@@ -105,7 +105,9 @@ class MacroSpace(SearchSpace):
                     residual=stage.residual,
                 )
                 slots.append(slot)
-                in_key, in_widths, sizes = slot.out_key, stage.widths, slot.out_sizes
+                in_key = slot.out_key
+                in_widths = stage.widths
+                sizes = slot.out_sizes
 
         return tuple(slots)
 
@@ -237,20 +239,21 @@ class MacroSpace(SearchSpace):
             origin=origin,
         )
 
-    def _placed(self, arch: Architecture, picks: Picks) -> tuple[Placed, ...]:
-        """One place per slot, then those of the head. A skipped slot passes its input
-        on.
+    def _positions(self, arch: Architecture, picks: Picks) -> tuple[Position, ...]:
+        """One position per slot, then those of the head. A skipped slot passes its
+        input on.
         """
-        places = []
+        positions = []
         channels = arch.in_channels
         size = arch.resolution
         for slot, op in self.walk(picks):
             if op is not None:
-                channels, size = op.out_ch, op.out_size
-            places.append(Placed(slot.key, op, channels, size))
-        return (*places, *self.head.placed(arch))
+                channels = op.out_ch
+                size = op.out_size
+            positions.append(Position(slot.key, op, channels, size))
+        return (*positions, *self.head.positions(arch))
 
-    def kept(self, key: str, picks: Mapping[str, Option]) -> bool:
+    def is_kept(self, key: str, picks: Mapping[str, Option]) -> bool:
         """Whether the depth keeps the block that choice ``key`` decides. Other choices
         are always kept.
         """
@@ -305,8 +308,8 @@ class MacroSpace(SearchSpace):
         picks = {choice.key: matched[choice.key] for choice in self.choices}
         if self.decode(picks).detector != arch.detector:
             raise SpaceError(
-                f"architecture {arch.name!r} is not in space {self.name}: its blocks are, but its"
-                " detector differs."
+                f"architecture {arch.name!r} is not in space {self.name}: its blocks match,"
+                " but its detector differs."
             )
         return picks
 
@@ -442,11 +445,11 @@ class MacroSpace(SearchSpace):
         """A new space of detectors: SSDLite on the backbones of this space, as
         ``core.ssdlite.with_detector`` adds it to a single architecture.
 
-        Stages that exist only for the classifier are left out: pooled heads and the last
-        1 x 1 convolution. The *taps* are the stages whose outputs feed the detector: the
-        last stage at each of the two lowest resolutions. Raises SpaceError if the
-        remaining stages have fewer than two resolutions, or if the input resolution is
-        searched.
+        Stages that exist only for the classifier are left out: pooled heads and the
+        last 1 x 1 convolution. The *taps* are the stages whose outputs feed the
+        detector: the last stage at each of the two lowest resolutions. Raises
+        SpaceError if the remaining stages have fewer than two resolutions, or if the
+        input resolution is searched.
 
         Example:
             >>> from hwnas.core.spaces import proxylessnas

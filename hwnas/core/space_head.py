@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
 
-from hwnas.core.arch import Architecture, Placed
+from hwnas.core.arch import Architecture, Position
 from hwnas.core.choice import RESOLUTION, Term
 from hwnas.core.detector import Detector
 from hwnas.core.head import ClassifierHead, DetectorHead
@@ -60,8 +60,8 @@ class SpaceHead(ABC):
         """
 
     @abstractmethod
-    def placed(self, arch: Architecture) -> tuple[Placed, ...]:
-        """The places of the head's ops in an architecture of the space."""
+    def positions(self, arch: Architecture) -> tuple[Position, ...]:
+        """The positions of the head's ops in an architecture of the space."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Classifiers(SpaceHead):
     def detector(self, kept: Sequence[tuple[Slot, Op]]) -> None:
         """None: there is no detector."""
 
-    def placed(self, arch: Architecture) -> tuple[Placed, ...]:
+    def positions(self, arch: Architecture) -> tuple[Position, ...]:
         """The classifier."""
-        return (Placed.of("classifier", arch.blocks[-1]),)
+        return (Position.of("classifier", arch.blocks[-1]),)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ class Detectors(SpaceHead):
 
         # The stage after such a tap begins with a stride, so it is never skipped as a
         # whole, and the tap can be recognized by the blocks of an architecture.
-        taps, ends = self.spec.taps, last_stages(slots)
+        taps = self.spec.taps
+        ends = last_stages(slots)
         ascending = list(taps) == sorted(set(taps))
         if not ascending or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
             raise ValueError(
@@ -177,12 +178,13 @@ class Detectors(SpaceHead):
         stages = [slot.stage for slot, _ in kept]
         # stages ascend, so this is the position of the last block of stage ``tap``
         taps = tuple(bisect_right(stages, tap) - 1 for tap in self.spec.taps)
-        extras, scores = self.spec.extras, self.spec.scores
+        extras = self.spec.extras
+        scores = self.spec.scores
         return ssdlite(blocks, taps, self.classes, extras=extras, scores=scores)
 
-    def placed(self, arch: Architecture) -> tuple[Placed, ...]:
-        """One place per extra and per head."""
-        return tuple(Placed.of(name, op) for name, op in arch.head.after.items())
+    def positions(self, arch: Architecture) -> tuple[Position, ...]:
+        """One position per extra and per head."""
+        return tuple(Position.of(name, op) for name, op in arch.head.after.items())
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class SpaceStage(BaseModel):
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one block: its options, and the possible shapes before and after it.
+    """A position for one block: its options, and the possible shapes before and after
+    it.
 
     ``index`` is its position in its stage. ``depths`` are those of the stage (empty if
     all slots are always kept). ``sizes`` holds the input height = width at every

@@ -7,8 +7,8 @@ block is longer than the correlation time (Flyvbjerg and Petersen, J. Chem. Phys
 461, 1989).
 
 If many networks are evaluated on the same images, the best of them score better there
-than on other images, because part of what they were selected for is noise (regression to
-the mean). If the scores have variance s^2, of which v is noise, the best of many owe
+than on other images, because part of what they were selected for is noise (regression
+to the mean). If the scores have variance s^2, of which v is noise, the best of many owe
 v / s times the *selection intensity* to noise: the mean of the largest k of N standard
 normal deviates.
 """
@@ -29,9 +29,9 @@ NO_AP = 0.0005
 """Below this, an AP is displayed as 0.0 %."""
 
 BLOCKS = 8
-"""Most blocks that part of a training is divided into."""
+"""Most blocks that part of a training run is divided into."""
 BLOCK_STEPS = 4
-"""Fewest steps of a block, unless the training is too short for that."""
+"""Fewest steps of a block, unless the run is too short for that."""
 FEWEST_BLOCKS = 3
 """Two blocks would leave one degree of freedom, too few to estimate an error."""
 
@@ -86,8 +86,8 @@ def average(values: Sequence[float], least_variance: float = 0.0) -> Average:
 
 
 def block_average(values: Sequence[float]) -> Average:
-    """The mean of three or more successive values of a training, with the standard error
-    of its block means.
+    """The mean of three or more successive values of a training run, with the
+    standard error of its block means.
     """
     count = max(FEWEST_BLOCKS, min(BLOCKS, len(values) // BLOCK_STEPS))
     blocks = np.array_split(np.asarray(values, dtype=np.float64), count)

@@ -54,7 +54,7 @@ class Entry(Record):
     )
 
 
-class HeldOut(Record):
+class HeldOutErrors(Record):
     """Calibrated prediction against measurement, on networks that the calibration was
     not fitted on.
     """
@@ -78,13 +78,14 @@ class Calibration(Record):
     ``cache_miss(op)`` is the cost that timing an op in isolation hides. In isolation,
     its weights, input and output are in the cache in every run; inside a network they
     come from memory. Values that do not fit into the cache come from memory in both
-    cases, which is why the cost has a cap. It is either ``cache_miss_ms_per_mparam *
-    parameters / 10^6``, or ``cache_miss_ms_per_mvalue * min(parameters + inputs +
-    outputs, cache_mvalues * 10^6) / 10^6``, whichever fits the measured networks better.
-    It is a cost per op, so the cost of a network stays a sum.
+    cases, which is why the cost has a cap. It is either
+    ``cache_miss_ms_per_mparam * parameters / 10^6``, or ``cache_miss_ms_per_mvalue *
+    min(parameters + inputs + outputs, cache_mvalues * 10^6) / 10^6``, whichever fits
+    the measured networks better. It is a cost per op, so the cost of a network stays a
+    sum.
 
-    In documents these fields keep their original names, ``cold_...``, because a table is
-    identified by the hash of its document.
+    In documents these fields keep their original names, ``cold_...``, because a table
+    is identified by the hash of its document.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -103,7 +104,7 @@ class Calibration(Record):
     noisy_networks: int = Field(
         0, description="networks above the allowed spread; left out where three quiet ones remain"
     )
-    held_out: HeldOut | None = None
+    held_out: HeldOutErrors | None = None
 
     def op_ms(self, entry_ms: float, op: Op) -> float:
         """What an op costs inside a network, in milliseconds."""
@@ -114,7 +115,9 @@ class Calibration(Record):
         return self.slope * entry_ms + cache_miss_ms
 
     def network_ms(self, ops: Iterable[Op], sum_ms: float) -> float:
-        """Milliseconds of a network of these ops, whose entries add up to ``sum_ms``."""
+        """Milliseconds of a network of these ops, whose entries add up to
+        ``sum_ms``.
+        """
         # With an entry of 0 ms, ``op_ms`` is the cost of cache misses only.
         return self.intercept_ms + self.slope * sum_ms + sum(self.op_ms(0.0, op) for op in ops)
 

@@ -1,3 +1,3 @@
-"""Estimates how long a run will take, by timing a few steps of each stage; behind
+"""Estimates how long a run will take, by timing a few steps of each stage, for
 ``hwnas run CONFIG --plan``.
 """

@@ -1,4 +1,6 @@
-"""The budget of a search that may have no latency table yet, with a formula in its place."""
+"""The budget of a search that may have no latency table yet, with a formula in its
+place.
+"""
 
 from __future__ import annotations
 

@@ -41,14 +41,16 @@ class Context:
         return folder
 
     def check_data(self) -> None:
-        """Raise DataError if the images are missing, before anything is built for them."""
+        """Raise DataError if the images are missing, before anything is
+        built for them.
+        """
         if self.experiment.data.path is not None:
             data_folder(self.experiment.data)
 
     @cached_property
     def arch(self) -> Architecture:
-        """The architecture to train: the named or the found one, else one that the search
-        may find.
+        """The architecture to train: the named or the found one, else one that the
+        search may find.
         """
         if self.known is not None:
             return self.known
@@ -57,7 +59,9 @@ class Context:
 
     @cached_property
     def sample(self) -> Sample:
-        """Times of a few models on the device. Raises DeviceError if it cannot be reached."""
+        """Times of a few models on the device. Raises DeviceError if it cannot be
+        reached.
+        """
         arch = self.arch if self.experiment.train.arch is not None else None
         return sample(self.experiment, self.space, arch, self.folder("sample"), self.watch)
 

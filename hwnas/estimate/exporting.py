@@ -12,7 +12,7 @@ import torch
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.estimate.context import Context
-from hwnas.estimate.parts import Estimate, Part, peak_memory
+from hwnas.estimate.parts import Part, TimeEstimate, peak_memory
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard
 from hwnas.export.target import Trained, target
@@ -23,11 +23,14 @@ CALIBRATED = 4
 time goes into the file.
 """
 BYTES_OF_A_WEIGHT = {"fp32": 4.0, "int8": 1.1}
-"""Bytes in a file per weight. int8 files also hold a scale and a bias per channel."""
+"""Bytes in a file per weight. int8 files also contain a scale and a bias per channel.
+"""
 
 
 def disk_bytes(experiment: Experiment, arch: Architecture) -> float:
-    """Bytes of the exported files, and of the float32 images that they are compared on."""
+    """Bytes of the exported files, and of the float32 images that they are
+    compared on.
+    """
     weights_bytes = 0.0
     for kind in experiment.export_formats:
         dtype = target(kind).dtype
@@ -36,7 +39,7 @@ def disk_bytes(experiment: Experiment, arch: Architecture) -> float:
     return weights_bytes + 4.0 * values
 
 
-def of_export(ctx: Context) -> Estimate:
+def of_export(ctx: Context) -> TimeEstimate:
     """Time writing every file, with random weights; int8 files with a few calibration
     images.
     """
@@ -66,4 +69,4 @@ def of_export(ctx: Context) -> Estimate:
     unknown = ""
     if skipped:
         unknown = f"no time was left to write {' and '.join(skipped)}"
-    return Estimate(tuple(parts), peak_memory(), disk_bytes(experiment, arch), unknown)
+    return TimeEstimate(tuple(parts), peak_memory(), disk_bytes(experiment, arch), unknown)

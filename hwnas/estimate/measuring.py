@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from hwnas.core.ops import Op
 from hwnas.estimate.context import Context
-from hwnas.estimate.parts import Estimate, Part, peak_memory
+from hwnas.estimate.parts import Part, TimeEstimate, peak_memory
 from hwnas.export.timing import timing_path
 from hwnas.networks import named_networks
 from hwnas.profile.plan import planned_ops
 
 
-def of_profile(ctx: Context) -> Estimate:
+def of_profile(ctx: Context) -> TimeEstimate:
     """Building the files that the cache lacks, then all rounds of measuring. Noisy
     entries are measured again, in up to ``profile.max_rounds`` rounds.
     """
@@ -41,10 +41,10 @@ def of_profile(ctx: Context) -> Estimate:
         Part("measuring", config.rounds, per_round, most_rounds),
     )
     disk_bytes = missing * op.size_bytes + networks * network.size_bytes
-    return Estimate(parts, peak_memory(), disk_bytes)
+    return TimeEstimate(parts, peak_memory(), disk_bytes)
 
 
-def of_validation(ctx: Context) -> Estimate:
+def of_validation(ctx: Context) -> TimeEstimate:
     """Evaluating every file on the test images, then measuring files and blocks in
     rounds, up to twice as many if they are noisy.
     """
@@ -58,4 +58,4 @@ def of_validation(ctx: Context) -> Estimate:
     per_round = 2 * sample.start + files * network.measuring + blocks * sample.ops.measuring
     measuring = Part("measuring", config.rounds, per_round, 2 * config.rounds)
     accuracy = Part("accuracy of the files", files, sample.start + images * network.ms / 1e3)
-    return Estimate((accuracy, measuring), peak_memory())
+    return TimeEstimate((accuracy, measuring), peak_memory())

@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """What a stage takes.
 
     ``unknown`` is the reason if it, or a part of it, is unknown. ``current``: the stage
@@ -85,14 +85,16 @@ class Estimate:
         return "; ".join(clauses)
 
 
-def _time_text(estimate: Estimate) -> str:
+def _time_text(estimate: TimeEstimate) -> str:
     longest = sorted(estimate.parts, key=lambda part: -part.most_seconds)[:SHOWN_PARTS]
     parts = ", ".join(f"{part.name} {span(part.seconds, part.most_seconds)}" for part in longest)
     return f"about {span(estimate.seconds, estimate.most_seconds)} ({parts})"
 
 
 def span(least: float, most: float) -> str:
-    """A range of seconds in words, such as ``3 to 6 min``; ``3 min`` if both are similar."""
+    """A range of seconds in words, such as ``3 to 6 min``; ``3 min`` if both are
+    similar.
+    """
     low, high = duration(least), duration(most)
     if low == high or most < ALIKE * least:
         return high
@@ -110,8 +112,10 @@ def size(count: float) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
-def total(estimates: Iterable[Estimate]) -> str:
-    """All stages together, in words: "at least" if something is unknown, else "about"."""
+def total(estimates: Iterable[TimeEstimate]) -> str:
+    """All stages together, in words: "at least" if something is unknown,
+    else "about".
+    """
     pending = [estimate for estimate in estimates if not estimate.current]
     if not pending:
         return "nothing to do"
@@ -151,11 +155,11 @@ class Stopwatch:
         call()
         return self._clock() - start
 
-    def mean(self, calls: Sequence[Callable[[], object]], part: float) -> float:
-        """Mean seconds of those ``calls`` that fit into a ``part`` (0..1) of the budget,
+    def mean(self, calls: Sequence[Callable[[], object]], fraction: float) -> float:
+        """Mean seconds of those ``calls`` that fit into a ``fraction`` of the budget,
         at least one. The first call only warms up, unless there is no other.
         """
-        until = self._clock() + part * self._seconds
+        until = self._clock() + fraction * self._seconds
         times: list[float] = []
         for call in calls:
             times.append(self.once(call))

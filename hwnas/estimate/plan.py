@@ -18,7 +18,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.engine import flush_denormals
 from hwnas.errors import HwnasError
 from hwnas.estimate.context import Context
-from hwnas.estimate.parts import Estimate, Stopwatch, total
+from hwnas.estimate.parts import Stopwatch, TimeEstimate, total
 from hwnas.stages import Stage, imported, stage_class
 
 SECONDS = 24.0
@@ -32,7 +32,8 @@ class Estimates:
     table and the architecture that they have written.
 
     Example:
-        >>> print(Estimates(experiment, space, ("search", "train")).text())      # doctest: +SKIP
+        >>> stages = ("search", "train")
+        >>> print(Estimates(experiment, space, stages).summary)  # doctest: +SKIP
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Estimates:
     ) -> None:
         self.watch = Stopwatch(SECONDS)
         flush_denormals()
-        estimates = {name: Estimate(current=True) for name in current}
+        estimates = {name: TimeEstimate(current=True) for name in current}
         timed = [stage_class(name) for name in needed if name not in estimates]
         # The stages that train take longest. They come first, as time may run out.
         timed.sort(key=lambda stage: not stage.trains)
@@ -67,11 +68,11 @@ class Estimates:
         )
 
 
-def _estimate(stage: type[Stage], context: Context) -> Estimate:
+def _estimate(stage: type[Stage], context: Context) -> TimeEstimate:
     """The stage's estimate; unknown, with the reason, if the stage could not run."""
     assert stage.estimate is not None
     try:
-        estimate: Estimate = imported(stage.estimate)(context)
+        estimate: TimeEstimate = imported(stage.estimate)(context)
     except HwnasError as error:
-        return Estimate(unknown=str(error).rstrip("."))
+        return TimeEstimate(unknown=str(error).rstrip("."))
     return estimate

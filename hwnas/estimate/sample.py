@@ -19,10 +19,13 @@ from hwnas.export.timing import bench_of, timing_file
 from hwnas.profile.plan import spread_networks
 from hwnas.progress import Progress
 
-OPS, NETWORKS = 4, 2
-"""How many ops and networks are built and measured."""
+OPS = 4
+"""How many ops are built and measured."""
+NETWORKS = 2
+"""How many networks are built and measured."""
 
-Timed = Sequence[Op] | Architecture
+TimedModel = Sequence[Op] | Architecture
+"""A model to time: a chain of ops, or a network with a graph."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def sample(
         # 77 keeps the generator apart from those of the stages.
         rng = np.random.default_rng([experiment.seed, 77])
         networks = spread_networks(space, NETWORKS, rng)
-    timed_ops: dict[str, Timed] = {op.key: (op,) for op in _spread(ops, OPS)}
-    timed_networks: dict[str, Timed] = {}
+    timed_ops: dict[str, TimedModel] = {op.key: (op,) for op in _evenly_spaced(ops, OPS)}
+    timed_networks: dict[str, TimedModel] = {}
     for i, network in enumerate(networks):
         timed_networks[f"net-{i}"] = network.ops() if network.is_chain else network
 
@@ -101,11 +104,11 @@ def sample(
     return Sample(op_costs, network_costs, start)
 
 
-def _ops(timed: Timed) -> Sequence[Op]:
+def _ops(timed: TimedModel) -> Sequence[Op]:
     return timed.ops() if isinstance(timed, Architecture) else timed
 
 
-def _spread(ops: Sequence[Op], count: int) -> list[Op]:
+def _evenly_spaced(ops: Sequence[Op], count: int) -> list[Op]:
     """``count`` ops whose mean is close to that of all: sorted by MACs, one from the
     middle of each of ``count`` equal parts.
     """

@@ -1,5 +1,5 @@
-"""The estimate of the search stage, from a few real steps in every phase of the strategy,
-and from evaluating one network on a few images.
+"""The estimate of the search stage, from a few real steps in every phase of the
+strategy, and from evaluating one network on a few images.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hwnas.data.images import Batch, evaluation_batches
 from hwnas.engine import Engine
 from hwnas.estimate.budget import search_context
 from hwnas.estimate.context import Context
-from hwnas.estimate.parts import Estimate, Part, Stopwatch, peak_memory
+from hwnas.estimate.parts import Part, Stopwatch, TimeEstimate, peak_memory
 from hwnas.nn.bn import recalibrate
 from hwnas.search import STRATEGIES, stage
-from hwnas.search.comparison import compared_with, image_counts
-from hwnas.search.evaluator import KEPT_BYTES, SupernetEvaluator, placed
+from hwnas.search.evaluator import KEPT_BYTES, SupernetEvaluator, to_network_input
 from hwnas.search.proposal import sample_feasible
+from hwnas.search.random_baseline import choose_random_baseline, image_counts
 from hwnas.search.strategy import SearchContext, Strategy
-from hwnas.search.supernets import cost_counter_of, trained
+from hwnas.search.supernets import cost_counter_of, load_trained_supernet
 
 STEPS = 0.3
 """Fraction of the stopwatch's seconds for timing steps of the strategy."""
@@ -38,8 +38,8 @@ EVALUATION_SECONDS = 3.0
 FEW = 8
 """Images of a first timing, which tells how many more there is time for."""
 MOST_WEIGHTS = 100_000_000
-"""Most weights of a super-net that is built for an estimate. They take 0.4 GB, and a few
-times that during training. The number is our choice.
+"""Most weights of a super-net that is built for an estimate. They take 0.4 GB, and a
+few times that during training. The number is our choice.
 """
 
 
@@ -63,20 +63,20 @@ def _is_collapsed(config: SearchConfig) -> bool:
     return config.supernet.sharing == "collapsed"
 
 
-def of_search(ctx: Context) -> Estimate:
+def of_search(ctx: Context) -> TimeEstimate:
     """Time a search. Raises HwnasError if it could not run."""
     ctx.check_data()
     space = ctx.space
     config = ctx.experiment.search
     weights = weights_of(space, collapsed=_is_collapsed(config))
     if weights > MOST_WEIGHTS:
-        return Estimate(
+        return TimeEstimate(
             unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan"
         )
     experiment, search = search_context(ctx.experiment, space, ctx.table)
-    experiment = stage.sized(experiment, space)
+    experiment = stage.with_space_resolution(experiment, space)
     if config.weights is not None:
-        evaluator = SupernetEvaluator(trained(config, space), experiment)
+        evaluator = SupernetEvaluator(load_trained_supernet(config, space), experiment)
         search.cost_counter = cost_counter_of(config, evaluator.supernet)
         return _of_finding(experiment, search, evaluator, None)
 
@@ -139,7 +139,7 @@ def _time_steps(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, floa
 def checkpoints(
     engine: Engine, training: Part, every_seconds: float, watch: Stopwatch
 ) -> tuple[Part, float]:
-    """Saving checkpoints during a training, and the bytes of one. The weights that the
+    """Saving checkpoints during training, and the bytes of one. The weights that the
     stage writes at the end are smaller.
     """
     per_save = watch.once(engine.save)
@@ -153,8 +153,8 @@ def checkpoints(
 
 
 class _CountingEvaluator:
-    """An evaluator that takes no time; ``known`` tells how many architectures a strategy
-    or a finder has asked for.
+    """An evaluator that takes no time; ``known`` tells how many architectures a
+    strategy or a finder has asked for.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -162,7 +162,9 @@ class _CountingEvaluator:
         self.known: dict[str, float] = {}
 
     def evaluate(self, picks: Picks) -> float:
-        """A made-up quality in 0..1, different for every architecture and deterministic."""
+        """A made-up quality in 0..1, different for every architecture and
+        deterministic.
+        """
         identity = self.space.decode(picks).identity
         return self.known.setdefault(identity, (0.618 * len(self.known)) % 1.0)
 
@@ -172,7 +174,7 @@ def _of_finding(
     search: SearchContext,
     evaluator: SupernetEvaluator,
     strategy: Strategy | None,
-) -> Estimate:
+) -> TimeEstimate:
     """What follows the training: finding, ranking, and scoring random architectures."""
     config = experiment.search
     cost_counter = search.cost_counter
@@ -194,7 +196,7 @@ def _of_finding(
     _, images_of_part = image_counts(evaluator)
     for _ in counting.known:
         cost_counter.count_evaluation(proposals[0], images_of_part)
-    comparison = compared_with(search, evaluator, proposals)
+    baseline = choose_random_baseline(search, evaluator, proposals)
 
     costs = _evaluation_costs(evaluator, proposals[0])
     held_out = len(evaluator.held_out)
@@ -203,7 +205,7 @@ def _of_finding(
     on_all = recalibration + held_out * costs.evaluating
     on_part = recalibration + min(held_out, config.evaluation_images) * costs.evaluating
     # A random network anywhere only takes a part of the images.
-    random_networks = len(comparison.within) + len(comparison.anywhere) * on_part / on_all
+    random_networks = len(baseline.within) + len(baseline.anywhere) * on_part / on_all
     parts = (
         Part("reading images", recalibration_images + held_out, costs.reading),
         Part("finding", len(counting.known), on_part),
@@ -216,13 +218,13 @@ def _of_finding(
     disk_bytes = 4.0 * search.space.decode(proposals[0]).params
     if config.weights is None:
         disk_bytes += sum(tensor.nbytes for tensor in evaluator.supernet.state_dict().values())
-    return Estimate(tuple(part for part in parts if part.count), memory_bytes, disk_bytes)
+    return TimeEstimate(tuple(part for part in parts if part.count), memory_bytes, disk_bytes)
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """Seconds of extracting a network, seconds per image of reading, of recalibrating BN
-    and of evaluating, and bytes of an image.
+    """Seconds of extracting a network, seconds per image of reading, of recalibrating
+    BN and of evaluating, and bytes of an image.
     """
 
     extraction: float
@@ -251,13 +253,13 @@ def _evaluation_costs(evaluator: SupernetEvaluator, picks: Picks) -> _Costs:
     # fit into the time.
     batch_size = 4 * evaluator.config.batch_size
     few_NCHW, _ = next(batches(batch_size, FEW))
-    first = watch.once(lambda: recalibrate(network, [placed(few_NCHW, device, size_px)]))
+    first = watch.once(lambda: recalibrate(network, [to_network_input(few_NCHW, device, size_px)]))
     affordable = int(EVALUATION_SECONDS / 3 / (first / len(few_NCHW)))
     count = min(len(evaluator.held_out), batch_size, max(len(few_NCHW), affordable))
 
     images: list[Batch] = []
     reading = watch.once(lambda: images.extend(batches(batch_size, count)))
-    x_NCHW = placed(images[0][0][: evaluator.config.batch_size], device, size_px)
+    x_NCHW = to_network_input(images[0][0][: evaluator.config.batch_size], device, size_px)
     recalibrating = watch.once(lambda: recalibrate(network, [x_NCHW]))
     evaluating = watch.once(
         lambda: evaluator.quality.of_network(network, evaluator.held_out, images, count)

@@ -5,7 +5,7 @@ that the search may find.
 from __future__ import annotations
 
 from hwnas.estimate.context import Context
-from hwnas.estimate.parts import Estimate, Part, peak_memory
+from hwnas.estimate.parts import Part, TimeEstimate, peak_memory
 from hwnas.estimate.searching import checkpoints
 from hwnas.nn.network import Network
 from hwnas.runs import StageContext
@@ -20,8 +20,8 @@ TESTED = 64
 """Most test images that are timed."""
 
 
-def of_training(ctx: Context) -> Estimate:
-    """Time a training. Raises HwnasError if it could not run."""
+def of_training(ctx: Context) -> TimeEstimate:
+    """Time training. Raises HwnasError if it could not run."""
     ctx.check_data()
     arch = ctx.arch
     watch = ctx.watch
@@ -55,5 +55,5 @@ def of_training(ctx: Context) -> Estimate:
         per_point = validation.limit * per_image
         parts.append(Part("validation curve", len(validation.due), per_point))
     parts.append(Part("testing", ctx.test_images, per_image))
-    # float32 weights are written beside the checkpoint.
-    return Estimate(tuple(parts), peak_memory(), checkpoint_bytes + 4.0 * arch.params)
+    # float32 weights are written next to the checkpoint.
+    return TimeEstimate(tuple(parts), peak_memory(), checkpoint_bytes + 4.0 * arch.params)

@@ -41,8 +41,8 @@ class BlockWriter(ABC, Generic[V]):
     """Prefix of all names, which makes them unique in a network."""
 
     def network(self, x: V, network: Network) -> tuple[V, ...]:
-        """Add a network. Returns its outputs: logits, or for a detector, class logits and
-        box codes with one row per anchor.
+        """Add a network. Returns its outputs: logits, or for a detector, class logits
+        and box codes with one row per anchor.
         """
         if isinstance(network, DetectionNetwork):
             return self.detector(x, network)
@@ -52,8 +52,8 @@ class BlockWriter(ABC, Generic[V]):
         return (self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")[-1],)
 
     def block(self, x: V, op: Op, module: nn.Module) -> tuple[V, ...]:
-        """Add an op, and return its outputs. Raises ExportError if ``module`` was not built
-        from ``op``.
+        """Add an op, and return its outputs. Raises ExportError if ``module`` was not
+        built from ``op``.
         """
         program = op.program
         moved = _moved_norms(program)
@@ -136,9 +136,11 @@ class BlockWriter(ABC, Generic[V]):
             self.scope = f"steps.{number}."
             if block is not None:
                 position, (op, module) = block
+                # the names of a chain, so that files of both kinds read alike
                 self.scope = f"blocks.{position}."
                 (result,) = self.block(read[0], op, module)
             elif step.kind == "sum":
+                # runtimes add two maps at a time
                 result = read[0]
                 for term, other in enumerate(read[1:]):
                     result = self.add(result, other, f"add{term}")
@@ -153,7 +155,9 @@ class BlockWriter(ABC, Generic[V]):
         return points[len(graph)]
 
     def predictions(self, x: V, network: DetectionNetwork) -> list[tuple[V, V]]:
-        """Add a detector. Returns the class logits and box codes of each of its maps."""
+        """Add a detector. Returns the class logits and box codes of each of
+        its maps.
+        """
         detector = detector_of(network.arch)
         blocks = self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")
         extras = self._chain(blocks[-1], detector.extras, list(network.extras), "extras.")
@@ -168,8 +172,8 @@ class BlockWriter(ABC, Generic[V]):
         return predictions
 
     def detector(self, x: V, network: DetectionNetwork) -> tuple[V, V]:
-        """Add a detector. Returns its raw outputs: class logits [1, anchors, classes + 1]
-        and box codes [1, anchors, 4].
+        """Add a detector. Returns its raw outputs: class logits [1, anchors, classes +
+        1] and box codes [1, anchors, 4].
         """
         logits = []
         codes = []
@@ -178,7 +182,7 @@ class BlockWriter(ABC, Generic[V]):
             logits.append(self.rows("classes", classes, network.arch.classes + 1))
             codes.append(self.rows("boxes", boxes, CODE_SIZE))
         self.scope = ""
-        return self.concatenated("logits", logits), self.concatenated("codes", codes)
+        return self.concatenate("logits", logits), self.concatenate("codes", codes)
 
     @abstractmethod
     def conv(self, x: V, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> V:
@@ -200,7 +204,9 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def along_channels(self, x: V, node: Node, kernel_K: Numbers) -> V:
-        """A 1-D convolution along the channels of a single pixel, and the node's activation."""
+        """A 1-D convolution along the channels of a single pixel, and the node's
+        activation.
+        """
 
     @abstractmethod
     def act(self, x: V, name: str, act: str) -> V:
@@ -208,7 +214,9 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def mean(self, x: V, name: str, *, flat: bool) -> V:
-        """Global average pooling to a single pixel, or with ``flat`` to [1, channels]."""
+        """Global average pooling to a single pixel, or with ``flat`` to [1,
+        channels].
+        """
 
     @abstractmethod
     def add(self, x: V, y: V, name: str) -> V:
@@ -240,21 +248,24 @@ class BlockWriter(ABC, Generic[V]):
 
     @abstractmethod
     def rows(self, name: str, x: V, columns: int) -> V:
-        """A map of predictions, reshaped to [1, size * size * anchors, columns], cell by cell."""
+        """A map of predictions, reshaped to [1, size * size * anchors, columns], cell
+        by cell.
+        """
 
     @abstractmethod
-    def concatenated(self, name: str, parts: Sequence[V]) -> V:
+    def concatenate(self, name: str, parts: Sequence[V]) -> V:
         """The concatenation of the rows of all maps."""
 
 
 def _moved_norms(program: Program) -> dict[int, tuple[Node, slice]]:
     """The BNs after a concatenation of convolutions that can be folded into these
-    convolutions: value of a convolution -> node of the BN, and the convolution's channels
-    in it.
+    convolutions: value of a convolution -> node of the BN, and the convolution's
+    channels in it.
 
     A BN scales and shifts each channel, so each convolution takes the part for its own
     channels.
     """
+    # how often each value is read: a map that is read twice must stay as it is
     readers = Counter(value for node in program.nodes for value in node.inputs)
     moved: dict[int, tuple[Node, slice]] = {}
     for norm in program.nodes:
@@ -267,10 +278,12 @@ def _moved_norms(program: Program) -> dict[int, tuple[Node, slice]]:
         ):
             continue
         parts = [program.nodes[value - 1] for value in joined.inputs]
+        # an activation between convolution and BN is not linear: nothing can be folded
         plain = all(part.kind == "conv" and not part.norm and part.act == "none" for part in parts)
         # A convolution that something else reads must keep its own output.
         if plain and all(readers[value] == 1 for value in joined.inputs):
             start = 0
+            # the channels of the concatenation are those of its parts, in order
             for value, part in zip(joined.inputs, parts, strict=True):
                 moved[value] = (norm, slice(start, start + part.out_ch))
                 start += part.out_ch
@@ -307,6 +320,7 @@ def _normed(node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
     )
     _require_shape(norm.running_mean, (node.out_ch,), node.name)
     scale_C = 1 / np.sqrt(float64(norm.running_var) + norm.eps)
+    # the BN after pooling has no scale and shift of its own
     if not norm.affine:
         return scale_C, -scale_C * float64(norm.running_mean)
     scale_C = float64(norm.weight) * scale_C
@@ -321,14 +335,16 @@ def _linear(op: Op, node: Node, module: nn.Module) -> tuple[Numbers, Numbers]:
 
 
 def float64(values: Tensor) -> Numbers:
-    """The values of a tensor as float64. Folding in float32 would add rounding errors."""
+    """The values of a tensor as float64. Folding in float32 would add
+    rounding errors.
+    """
     array: Numbers = values.detach().to("cpu", torch.float64).numpy()
     return array
 
 
 def _part(op: Op, module: nn.Module, node: Node) -> nn.Module:
-    """The submodule of an op's module that holds the weights of a node. Raises ExportError
-    if there is none.
+    """The submodule of an op's module with the weights of a node. Raises
+    ExportError if there is none.
     """
     path = op.WEIGHTS + node.name
     try:
@@ -336,8 +352,7 @@ def _part(op: Op, module: nn.Module, node: Node) -> nn.Module:
     except AttributeError:
         raise ExportError(
             f"The {type(module).__name__} has no {path}, so it was not built from {op.key}:"
-            f" build it"
-            " with hwnas.nn.blocks.build"
+            " build it with hwnas.nn.blocks.build"
         ) from None
 
 

@@ -1,5 +1,5 @@
-"""Conversion of any PyTorch module to TFLite and ONNX, with external converters: for your
-own modules, and as the reference that our writers are tested against.
+"""Conversion of any PyTorch module to TFLite and ONNX, with external converters: for
+your own modules, and as the reference that our writers are tested against.
 
 hwnas networks do not need them: ``tflite_writer`` and ``onnx_writer`` write those.
 Install the converters with the extra ``convert``.
@@ -16,9 +16,9 @@ module gives the same bytes. To get such a graph from your own module:
   support. ``ChannelShuffle`` is converted in its channels-last form: RESHAPE, TRANSPOSE
   and RESHAPE. The other form would add two more TRANSPOSE.
 
-ONNX: PyTorch's supported exporter (``dynamo=True``). It takes 2.5 s for MobileNetV2; the
-deprecated TorchScript exporter takes 0.8 s. It folds batch norms into the convolutions
-itself.
+ONNX: PyTorch's supported exporter (``dynamo=True``). It takes 2.5 s for MobileNetV2;
+the deprecated TorchScript exporter takes 0.8 s. It folds batch norms into the
+convolutions itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hwnas.errors import ExportError
 from hwnas.export.names import IMAGE, LOGITS
 from hwnas.export.onnx_writer import IR_VERSION, OPSET
 from hwnas.export.quantization import first_line, hushed_stderr
-from hwnas.export.tflite_file import inlined
+from hwnas.export.tflite_file import inline_data
 from hwnas.nn.blocks import ChannelShuffle
 
 
@@ -50,11 +50,11 @@ def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> byte
     ``input_shape`` is NCHW with batch size 1, and the file takes [1, H, W, C].
     Four-dimensional outputs are channels-last as well; others (logits [1, classes]) are
     unchanged. A copy of the module on the CPU is converted, so the module itself stays
-    unchanged. Takes 1 to 2 s for a block and 10 s for MobileNetV2, after 5 s for the first
-    import of the converter.
+    unchanged. Takes 1 to 2 s for a block and 10 s for MobileNetV2, after 5 s for the
+    first import of the converter.
 
-    Raises ExportError if the converter refuses the module, or if the module does not run
-    on this shape.
+    Raises ExportError if the converter refuses the module, or if the module does not
+    run on this shape.
 
     >>> model = to_tflite(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
     >>> [op.name for op in graph_ops(model)]
@@ -79,7 +79,7 @@ def to_tflite(module: nn.Module, input_shape: tuple[int, int, int, int]) -> byte
         raise ExportError(
             f"LiteRT cannot convert {name} at {input_shape}: {first_line(error)}"
         ) from error
-    return inlined(bytes(model))
+    return inline_data(bytes(model))
 
 
 def to_onnx(
@@ -90,10 +90,12 @@ def to_onnx(
     path: str | Path,
     output_names: Sequence[str] = (LOGITS,),
 ) -> None:
-    """Write ``module`` in eval mode as one ONNX file (see ``onnx_file``). An existing file
-    is replaced atomically.
+    """Write ``module`` in eval mode as one ONNX file (see ``onnx_file``). An existing
+    file is replaced atomically.
 
-    >>> to_onnx(net, (1, 3, 224, 224), metadata={"recipe": "mobile"}, path="net.onnx")  # doctest: +SKIP
+    >>> to_onnx(  # doctest: +SKIP
+    ...     net, (1, 3, 224, 224), metadata={"recipe": "mobile"}, path="net.onnx"
+    ... )
     """
     write_atomic(path, onnx_file(module, input_shape, metadata=metadata, output_names=output_names))
 
@@ -105,16 +107,16 @@ def onnx_file(
     metadata: Mapping[str, str],
     output_names: Sequence[str] = (LOGITS,),
 ) -> bytes:
-    """Convert ``module`` in eval mode to an ONNX file that contains its weights and passes
-    ``onnx.checker``.
+    """Convert ``module`` in eval mode to an ONNX file that contains its weights and
+    passes ``onnx.checker``.
 
-    The file takes ``image`` float32 NCHW, of exactly ``input_shape`` (batch size 1), and
-    returns ``output_names``, one for each output of the module. ``metadata`` goes into
-    ``metadata_props`` and should contain the architecture. The module itself stays
+    The file takes ``image`` float32 NCHW, of exactly ``input_shape`` (batch size 1),
+    and returns ``output_names``, one for each output of the module. ``metadata`` goes
+    into ``metadata_props`` and should contain the architecture. The module itself stays
     unchanged.
 
-    Raises ExportError if the exporter or the checker refuses the module, or if the number
-    of outputs differs from ``output_names``.
+    Raises ExportError if the exporter or the checker refuses the module, or if the
+    number of outputs differs from ``output_names``.
     """
     if len(input_shape) != 4 or input_shape[0] != 1:
         raise ExportError(f"The input shape is {input_shape}, but must be NCHW with batch size 1")
@@ -166,8 +168,8 @@ def _traced(
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove the tracer's notes from all nodes and values: stack traces with paths of the
-    exporting machine.
+    """Remove the tracer's notes from all nodes and values: stack traces with paths of
+    the exporting machine.
     """
     graph = model.graph
     values = [*graph.value_info, *graph.input, *graph.output, *graph.initializer]

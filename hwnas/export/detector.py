@@ -1,5 +1,5 @@
-"""What an exported detector computes after its network: scores from logits, and boxes from
-codes.
+"""What an exported detector computes after its network: scores from logits, and boxes
+from codes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Decoded(nn.Module):
     """A detector with one output [N, anchors, 4 + classes]: x1, y1, x2, y2 in pixels,
     clipped to the image, then a score per class.
 
-    Anchors and classes are in the network's order. There is no score for the background.
+    Anchors and classes are in the network's order. There is no score for the
+    background.
     """
 
     def __init__(self, network: DetectionNetwork) -> None:

@@ -36,8 +36,8 @@ WHITE = 255
 
 @dataclass(frozen=True)
 class Interface:
-    """The input and the output of all files of a bundle. ``mean`` and ``std`` per channel
-    are for images scaled to 0..1.
+    """The input and the output of all files of a bundle. ``mean`` and ``std`` per
+    channel are for images scaled to 0..1.
     """
 
     input: Literal["float32", "uint8"]
@@ -62,6 +62,7 @@ class Interface:
         """The smallest and the largest possible value of any channel of an image."""
         if self.input == "uint8":
             return 0.0, float(WHITE)
+        # over all channels, because a bundle states one range for the whole image
         channels = list(zip(self.mean, self.std, strict=True))
         black = [(0.0 - mean) / std for mean, std in channels]
         white = [(1.0 - mean) / std for mean, std in channels]
@@ -74,12 +75,14 @@ class Interface:
         if self.input == "float32":
             return images_NHWC
         pixels: Floats = WHITE * (images_NHWC * np.array(self.std) + np.array(self.mean))
+        # rounding undoes the error of float32; clipping is for values that no pixel has
         return pixels.round().clip(0, WHITE).astype(np.uint8)
 
     def seen(self, fed_NHWC: Floats | Pixels) -> Floats:
         """The images float32 that the network sees if a file is fed ``fed_NHWC``."""
         if self.input == "float32":
             return fed_NHWC.astype(np.float32)
+        # float64 in between, so that the result is the nearest float32
         scaled = fed_NHWC.astype(np.float64) / WHITE
         normalised: Floats = ((scaled - np.array(self.mean)) / np.array(self.std)).astype(
             np.float32
@@ -87,7 +90,9 @@ class Interface:
         return normalised
 
     def outputs_of(self, logits: Floats) -> Floats:
-        """The outputs of a classifier's file if the network computes ``logits`` [N, classes]."""
+        """The outputs of a classifier's file if the network computes ``logits`` [N,
+        classes].
+        """
         return softmax(logits) if self.softmax else logits
 
     def around(self, model: bytes, runtime: str) -> bytes:
@@ -98,6 +103,7 @@ class Interface:
             scales = 1 / (WHITE * np.array(self.std))
             shifts = -np.array(self.mean) / np.array(self.std)
             model = _PIXELS[runtime](model, scales, shifts)
+        # last, because the softmax replaces the output
         if self.softmax:
             model = _SOFTMAX[runtime](model)
         return model
@@ -111,5 +117,5 @@ def softmax(logits: Floats) -> Floats:
     """The probabilities of logits, both [N, classes]."""
     # Subtracting the maximum avoids overflow, and does not change the result.
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: Floats = powers / powers.sum(axis=1, keepdims=True)
-    return shares
+    probabilities: Floats = powers / powers.sum(axis=1, keepdims=True)
+    return probabilities

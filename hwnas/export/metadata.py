@@ -1,12 +1,12 @@
-"""TFLite metadata, with which MediaPipe's tasks, ML Kit and Android Studio can use a file
-without further information.
+"""TFLite metadata, with which MediaPipe's tasks, ML Kit and Android Studio can use a
+file without further information.
 
 The metadata describe how to normalise the image, which label belongs to which output,
 and how to read a detector's boxes. They are stored as TFLite's ``MetadataPopulator``
-does it: a flatbuffer (``metadata_schema``) in the buffer that the model's metadata entry
-``TFLITE_METADATA`` names, and the associated files in an uncompressed zip archive after
-the model's flatbuffer. Runtimes ignore both. Inputs and outputs get names, the same in
-the graph and in its signature.
+does it: a flatbuffer (``metadata_schema``) in the buffer that the model's metadata
+entry ``TFLITE_METADATA`` names, and the associated files in an uncompressed zip archive
+after the model's flatbuffer. Runtimes ignore both. Inputs and outputs get names, the
+same in the graph and in its signature.
 
 Requirements of the readers (mediapipe/tasks/cc: image_tensor_specs.cc,
 image_preprocessing_graph.cc, classification_postprocessing_graph.cc,
@@ -66,8 +66,8 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The normalisation of a pixel value x in 0..255: (x - mean) / std, per channel. Both
-    are in units of pixel values.
+    """The normalisation of a pixel value x in 0..255: (x - mean) / std, per channel.
+    Both are in units of pixel values.
     """
 
     mean: tuple[float, ...]
@@ -75,7 +75,9 @@ class Normalisation:
 
     @classmethod
     def of_parts(cls, mean: Sequence[float], std: Sequence[float]) -> Normalisation:
-        """From mean and std for images scaled to 0..1, as in configurations and bundles."""
+        """From mean and std for images scaled to 0..1, as in configurations and
+        bundles.
+        """
         return cls(
             tuple(_LARGEST_PIXEL * value for value in mean),
             tuple(_LARGEST_PIXEL * value for value in std),
@@ -106,8 +108,8 @@ class ModelCard:
 
 
 def with_metadata(model: bytes, card: ModelCard) -> bytes:
-    """Add metadata to a file, and name its input and outputs. Replaces existing metadata.
-    What the graph computes does not change.
+    """Add metadata to a file, and name its input and outputs. Replaces existing
+    metadata. What the graph computes does not change.
 
     Raises ExportError if the file would have 2 GiB or more.
     """
@@ -118,6 +120,7 @@ def with_metadata(model: bytes, card: ModelCard) -> bytes:
     entry = schema.MetadataT()
     entry.name = ENTRY
     entry.buffer = len(parsed.buffers)
+    # entries of others, such as the minimum runtime version, stay
     others = [other for other in parsed.metadata or [] if other.name != ENTRY.encode()]
     parsed.buffers = [*parsed.buffers, buffer]
     parsed.metadata = [*others, entry]
@@ -125,9 +128,10 @@ def with_metadata(model: bytes, card: ModelCard) -> bytes:
 
 
 def labels_text(labels: Sequence[str]) -> str:
-    """The content of ``labels.txt``: one line per label. A label without a name gets its
-    position.
+    """The content of ``labels.txt``: one line per label. A label without a name gets
+    its position.
     """
+    # a newline inside a label would shift all later labels by one
     lines = [" ".join(label.split()) or str(number) for number, label in enumerate(labels)]
     return "\n".join(lines)
 
@@ -143,8 +147,8 @@ def _files(card: ModelCard) -> dict[str, str]:
 
 
 def _with_files(model: bytes, files: dict[str, str]) -> bytes:
-    """The model followed by a zip archive. As in a self-extracting archive, offsets count
-    from the start of the whole file.
+    """The model followed by a zip archive. As in a self-extracting archive, offsets
+    count from the start of the whole file.
     """
     whole = io.BytesIO()
     whole.write(model)
@@ -194,6 +198,7 @@ def _model(card: ModelCard) -> tables.Table:
         # Groups exist since version 1.2.0 of the schema, everything else since 1.0.0.
         tables.Model.MIN_PARSER_VERSION: "1.2.0" if grouped else "1.0.0",
     }
+    # a row has four columns before its labels, so they cannot label one of its axes
     if card.output == "decoded":
         model[tables.Model.FILES] = [
             _file(LABELS_FILE, "Labels of a row's columns after its box.", tables.FileType.UNKNOWN)
@@ -208,6 +213,7 @@ def _input(card: ModelCard) -> tables.Table:
         tables.Tensor.DESCRIPTION: f"The image. Resizing: {card.resizing}.",
         tables.Tensor.CONTENT: _content(tables.Properties.IMAGE, {0: np.int8(color)}),
     }
+    # the range of the input's values: pixels, or pixels after normalisation
     low = np.zeros(1, np.float32)
     high = np.full(1, _LARGEST_PIXEL, np.float32)
     if card.normalisation is not None:
@@ -221,8 +227,8 @@ def _input(card: ModelCard) -> tables.Table:
 
 
 def _shortest(normalisation: Normalisation) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std as arrays [channels], or [1] if all channels have the same. MediaPipe
-    accepts only the latter.
+    """Mean and std as arrays [channels], or [1] if all channels have the same.
+    MediaPipe accepts only the latter.
     """
     count = 1 if normalisation.is_uniform else len(normalisation.mean)
     mean = np.array(normalisation.mean[:count], np.float32)
@@ -265,6 +271,7 @@ def _outputs(card: ModelCard) -> list[tables.Table]:
 
 
 def _detection_outputs() -> list[tables.Table]:
+    # part of the exported files, whose bytes must not change for a better wording
     descriptions = (
         "Boxes in parts of the input.",
         "Positions of labels.",

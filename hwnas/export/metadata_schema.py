@@ -1,13 +1,13 @@
 """The tables of TFLite metadata, packed as a flatbuffer.
 
 Schema: mediapipe/tasks/metadata/metadata_schema.fbs, version 1.5.0 (``M001``), the same
-as in tflite-support. No package that hwnas depends on contains the generated classes, so
-the field numbers are written down here, in the order of the schema.
+as in tflite-support. No package that hwnas depends on contains the generated classes,
+so the field numbers are written down here, in the order of the schema.
 
 A table is a dict from field number to value. The type of a value decides how it is
 stored: a NumPy scalar as that type, an array as a vector of numbers, a ``str`` as a
-string, a dict as a table, and a list as a vector of strings or tables. A union takes two
-fields: the type of its table, and the table.
+string, a dict as a table, and a list as a vector of strings or tables. A union takes
+two fields: the type of its table, and the table.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class BoundingBox(IntEnum):
 
 
 BOUNDARIES = 1
-"""A BoundingBoxType: left, top, right and bottom, in the order of ``BoundingBox.INDEX``."""
+"""A BoundingBoxType: left, top, right and bottom, in the order of
+``BoundingBox.INDEX``.
+"""
 RATIO = 0
 """A CoordinateType: coordinates are fractions of the image size."""
 

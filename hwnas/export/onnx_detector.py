@@ -1,5 +1,5 @@
-"""The part after the network in a detector's ONNX files, made of standard operators: scores
-and boxes of all anchors, and NMS.
+"""The part after the network in a detector's ONNX files, made of standard operators:
+scores and boxes of all anchors, and NMS.
 
 NMS consists of thresholds, ``NonMaxSuppression`` per class, and a selection of the best
 detections of all classes. The result is that of ``post_processing.post_process``.
@@ -25,9 +25,9 @@ from hwnas.export.post_processing import BOX, NMS_COLUMNS
 from hwnas.nn.detector import DetectionNetwork, detector_of
 
 
-def decoded(network: DetectionNetwork, metadata: Mapping[str, str]) -> bytes:
-    """Write a file with one output, ``detections`` float32 [1, anchors, 4 + classes], as
-    ``detector.Decoded`` defines it.
+def add_decoding(network: DetectionNetwork, metadata: Mapping[str, str]) -> bytes:
+    """Write a file with one output, ``detections`` float32 [1, anchors, 4 + classes],
+    as ``detector.Decoded`` defines it.
 
     ``metadata`` goes into the file's ``metadata_props``.
     """
@@ -47,6 +47,7 @@ def _scores(graph: OnnxWriter, logits: str, network: DetectionNetwork) -> str:
     if detector_of(network.arch).scores == "sigmoid":
         of_classes = _part(graph, "classes", logits, 1, classes)
         return graph.operator("Sigmoid", "scores", [of_classes], graph.shape(of_classes))
+    # the softmax needs the background, so it is dropped only afterwards
     shares = graph.operator("Softmax", "softmax", [logits], graph.shape(logits), axis=2)
     return _part(graph, "scores", shares, 1, classes)
 
@@ -104,12 +105,14 @@ def with_nms(model: bytes, config: PostProcessing) -> bytes:
     _, anchors, columns = (dim.dim_value for dim in output.type.tensor_type.shape.dim)
     tail = _Tail()
     boxes, scores = tail.split(output.name, columns)
+    # TopK fails if it is asked for more values than there are anchors
     candidates = tail.candidates(scores, min(config.candidates, anchors))
     chosen = tail.nms(boxes, candidates, config)
     rows = tail.rows(boxes, scores, chosen)
     tail.best(rows, config.detections)
     parsed.graph.node.extend(tail.nodes)
     parsed.graph.initializer.extend(tail.constants)
+    # the former output becomes an intermediate value, whose shape the checker compares
     parsed.graph.value_info.append(output)
     shape = [1, config.detections, NMS_COLUMNS]
     parsed.graph.output[0].CopyFrom(helper.make_tensor_value_info(CHOSEN, TensorProto.FLOAT, shape))
@@ -133,7 +136,9 @@ def nms_at(model: bytes, min_score: float) -> bytes:
 
 
 class _Tail:
-    """The operators of NMS under construction. Values are referred to by their names."""
+    """The operators of NMS under construction. Values are referred to by
+    their names.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -158,6 +163,7 @@ class _Tail:
         self, name: str, values: list[int] | int | list[float] | float | np.ndarray
     ) -> str:
         array = np.array(values)
+        # the types that ONNX requires here: float32 limits, int64 counts and axes
         array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
         self.constants.append(numpy_helper.from_array(array, f"nms.{name}"))
         return f"nms.{name}"
@@ -180,12 +186,15 @@ class _Tail:
         """Scores [1, C, A] in which all but the ``count`` best of each class are 0."""
         best, _ = self._top("top", scores, count, 2)
         last_axis = self._constant("last.axis", [2])
+        # >= keeps ties with the last candidate; with > the candidate itself would drop out
         last = self._operator("ReduceMin", "last", best, last_axis, keepdims=1)
         among = self._operator("GreaterOrEqual", "among", scores, last)
         return self._operator("Where", "candidates", among, scores, self._constant("zero", 0.0))
 
     def nms(self, boxes: str, scores: str, config: PostProcessing) -> str:
-        """The S detections that remain per class, int64 [S, 3]: image, class, anchor."""
+        """The S detections that remain per class, int64 [S, 3]: image,
+        class, anchor.
+        """
         limits = [
             self._constant("per_class", [config.detections]),
             self._constant("iou", [config.nms_iou]),
@@ -212,7 +221,9 @@ class _Tail:
         return self._operator("Concat", "rows", corners, column, label, axis=1)
 
     def best(self, rows: str, count: int) -> None:
-        """The ``count`` best rows, padded with zeros: the output ``chosen`` [1, count, 6]."""
+        """The ``count`` best rows, padded with zeros: the output ``chosen`` [1, count,
+        6].
+        """
         # Padded before the selection, because TopK fails if there are fewer than ``count``.
         zeros = self._constant("fill", np.zeros((count, NMS_COLUMNS)))
         filled = self._operator("Concat", "filled", rows, zeros, axis=0)

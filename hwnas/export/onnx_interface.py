@@ -1,7 +1,8 @@
 """Normalisation before the network of an ONNX file, and a softmax after it
 (``interface`` explains why).
 
-``image`` becomes uint8, and Cast, Mul and Add normalise it, with constants [1, C, 1, 1].
+``image`` becomes uint8, and Cast, Mul and Add normalise it, with constants [1, C, 1,
+1].
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ tests compare the two. It is float32, channels-first, with batch size 1:
 - batch norms are folded into weights and biases in float64. Activations are separate
   operators, which runtimes fuse;
 - every convolution pads all sides by dilation * (kernel // 2), as PyTorch does;
-- global pooling is a ReduceMean that keeps the axes. Before the classifier, a Reshape to
-  [1, C] follows;
+- global pooling is a ReduceMean that keeps the axes. Before the classifier, a Reshape
+  to [1, C] follows;
 - the predictions of a detector are a Transpose and a Reshape of each map, and a Concat;
 - a channel shuffle is Reshape, Transpose, Reshape.
 
@@ -36,17 +36,18 @@ from hwnas.nn.network import Network
 
 OPSET = 18
 IR_VERSION = 8
-"""The oldest version that allows opset 18. onnxruntime before 1.18 refuses newer ones."""
+"""The oldest version that allows opset 18. onnxruntime before 1.18 refuses newer ones.
+"""
 _HARD_SIGMOID = {"alpha": 1 / 6, "beta": 0.5}
 _ACTS = {"relu": "Relu", "hswish": "HardSwish", "sigmoid": "Sigmoid", "hsig": "HardSigmoid"}
 
 
 def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Write a network as a float32 ONNX file with the input ``image`` [1, channels, size,
-    size] and the output ``logits`` [1, classes].
+    """Write a network as a float32 ONNX file with the input ``image`` [1, channels,
+    size, size] and the output ``logits`` [1, classes].
 
-    A detector has two outputs: ``logits`` [1, anchors, classes + 1], with the background
-    first, and ``codes`` [1, anchors, 4].
+    A detector has two outputs: ``logits`` [1, anchors, classes + 1], with the
+    background first, and ``codes`` [1, anchors, 4].
 
     The file computes what the network computes in eval mode; the network itself stays
     unchanged. The same weights give the same bytes. ``metadata`` goes into the file's
@@ -54,7 +55,8 @@ def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> b
 
     >>> from hwnas.core.spaces import published
     >>> from hwnas.nn.classifier import ClassificationNetwork
-    >>> len(write_onnx(ClassificationNetwork(published("mobilenet_v2")))) // 1_000_000  # MB
+    >>> network = ClassificationNetwork(published("mobilenet_v2"))
+    >>> len(write_onnx(network)) // 1_000_000  # MB
     13
     """
     writer = OnnxWriter(network.arch.in_channels, network.arch.resolution)
@@ -63,12 +65,13 @@ def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> b
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
-    """Write one op as a float32 ONNX file with the input ``image`` [1, in_ch, size, size].
+    """Write one op as a float32 ONNX file with the input ``image`` [1, in_ch, size,
+    size].
 
-    ``module`` is the result of ``hwnas.nn.blocks.build(op)``, with any weights. The output
-    ``logits`` is [1, out_ch, out_size, out_size], or [1, out_ch] for a classifier.
-    Detector heads (``ssd``) have the outputs ``classes`` and ``boxes`` instead. Takes
-    about 1 ms.
+    ``module`` is the result of ``hwnas.nn.blocks.build(op)``, with any weights. The
+    output ``logits`` is [1, out_ch, out_size, out_size], or [1, out_ch] for a
+    classifier. Detector heads (``ssd``) have the outputs ``classes`` and ``boxes``
+    instead. Takes about 1 ms.
 
     Raises ExportError if ``module`` was not built from ``op``.
     """
@@ -78,7 +81,7 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     return writer.pack(dict(zip(names, outputs, strict=True)))
 
 
-class Graph:
+class OnnxGraph:
     """An ONNX graph under construction. Values are referred to by their names."""
 
     scope = ""
@@ -99,7 +102,7 @@ class Graph:
     def slice(
         self, name: str, x: str, shape: tuple[int, ...], where: dict[str, tuple[int, ...]]
     ) -> str:
-        """Slice to ``shape``. ``where`` holds the ``starts``, ``ends`` and ``axes``."""
+        """Slice to ``shape``. ``where`` has the ``starts``, ``ends`` and ``axes``."""
         bounds = [self.integers(f"{name}.{key}", values) for key, values in where.items()]
         return self.operator("Slice", name, [x, *bounds], shape)
 
@@ -116,7 +119,9 @@ class Graph:
         shape: tuple[int, ...],
         **options: int | float | str | list[int],
     ) -> str:
-        """Add an operator. Returns its output, a value called ``name`` with ``shape``."""
+        """Add an operator. Returns its output, a value called ``name`` with
+        ``shape``.
+        """
         output = self.scope + name
         self._nodes.append(helper.make_node(code, inputs, [output], output, **options))
         self.shapes[output] = shape
@@ -135,7 +140,9 @@ class Graph:
         return self.scope + name
 
     def pack(self, outputs: dict[str, str], metadata: Mapping[str, str] | None = None) -> bytes:
-        """Serialise the graph. ``outputs``: name of an output -> the value that becomes it."""
+        """Serialise the graph. ``outputs``: name of an output -> the value that becomes
+        it.
+        """
         output_names = {value: name for name, value in outputs.items()}
         for node in self._nodes:
             node.output[0] = output_names.get(node.output[0], node.output[0])
@@ -163,7 +170,7 @@ def _value_info(name: str, shape: tuple[int, ...]) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
-class OnnxWriter(Graph, BlockWriter[str]):
+class OnnxWriter(OnnxGraph, BlockWriter[str]):
     """Translates programs into ONNX operators. The docstring of each method lists the
     operators that it emits.
     """
@@ -242,8 +249,8 @@ class OnnxWriter(Graph, BlockWriter[str]):
         return self.act(self.reshape(f"{name}.pixel", x, pixel), f"{name}.act", node.act)
 
     def act(self, x: str, name: str, act: str) -> str:
-        """The operators of an activation: Sigmoid and Mul for SiLU, one operator for all
-        others.
+        """The operators of an activation: Sigmoid and Mul for SiLU, one operator for
+        all others.
         """
         shape = self.shape(x)
         if act == "none":
@@ -324,7 +331,7 @@ class OnnxWriter(Graph, BlockWriter[str]):
         count = height * width * channels // columns
         return self.reshape(f"{name}.rows", x, (batch, count, columns))
 
-    def concatenated(self, name: str, parts: Sequence[str]) -> str:
+    def concatenate(self, name: str, parts: Sequence[str]) -> str:
         """Concat of at most ``JOINED`` parts at a time, as in the network."""
         joined = list(parts)
         width = self.shape(parts[0])[2]

@@ -1,5 +1,5 @@
-"""From the outputs of an exported detector to boxes, the same for all runtimes. Needs only
-NumPy, so an app can copy this file.
+"""From the outputs of an exported detector to boxes, the same for all runtimes. Needs
+only NumPy, so an app can copy this file.
 
 There are three kinds of files, depending on what their graph includes (``READERS``):
 
@@ -26,8 +26,8 @@ Floats = npt.NDArray[np.float32]
 DetectionArrays = tuple[Floats, Floats, npt.NDArray[np.int64]]
 """Boxes [D, 4], scores [D], classes [D]."""
 Reader = Callable[[Floats, "dict[str, Any]", int, int], DetectionArrays]
-"""(outputs of one image, the bundle's post-processing, resolution of the input, number of
-classes) -> detections.
+"""(outputs of one image, the bundle's post-processing, resolution of the input, number
+of classes) -> detections.
 """
 
 BOX = 4
@@ -52,9 +52,13 @@ def post_process(
     ``detections_per_image`` of all classes are returned.
 
     Example:
-        >>> row = np.array([[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.8], [20, 20, 30, 30, 0.7]], np.float32)
-        >>> post_process(row, min_score=0.1, nms_iou=0.5, candidates=10, detections_per_image=10)[1].tolist()
-        [0.8999999761581421, 0.699999988079071]
+        >>> two = [[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.8]]  # they overlap
+        >>> rows = np.array([*two, [20, 20, 30, 30, 0.7]], np.float32)
+        >>> _, scores, _ = post_process(
+        ...     rows, min_score=0.1, nms_iou=0.5, candidates=10, detections_per_image=10
+        ... )
+        >>> [f"{score:.1f}" for score in scores]
+        ['0.9', '0.7']
     """
     rows = detections.reshape(-1, detections.shape[-1])
     boxes = rows[:, :BOX]
@@ -70,13 +74,14 @@ def post_process(
         return np.zeros((0, BOX), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
     anchors = np.concatenate(kept)
     labels = np.concatenate(classes)
+    # stable, so that ties have the same order on every runtime
     best = np.argsort(-scores[anchors, labels], kind="stable")[:detections_per_image]
     return boxes[anchors[best]], scores[anchors[best], labels[best]], labels[best]
 
 
 def _best(scores: Floats, chosen: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """The ``count`` of the ``chosen`` positions with the highest scores, best first. Among
-    equal scores, the first positions are taken.
+    """The ``count`` of the ``chosen`` positions with the highest scores, best first.
+    Among equal scores, the first positions are taken.
     """
     values = scores[chosen]
     # Partitioning first leaves less to sort.
@@ -89,9 +94,9 @@ def _best(scores: Floats, chosen: npt.NDArray[np.int64], count: int) -> npt.NDAr
 
 
 def apart(boxes: Floats, nms_iou: float, limit: int | None = None) -> npt.NDArray[np.int64]:
-    """NMS of boxes that are sorted best first: each remaining box removes all later ones
-    whose IoU with it is above ``nms_iou``. Returns the positions of the remaining boxes,
-    at most ``limit``.
+    """NMS of boxes that are sorted best first: each remaining box removes all later
+    ones whose IoU with it is above ``nms_iou``. Returns the positions of the remaining
+    boxes, at most ``limit``.
     """
     overlaps = iou(boxes) > nms_iou
     removed = np.zeros(len(boxes), bool)
@@ -147,8 +152,8 @@ def read_decoded(
 def read_nms(
     row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
 ) -> DetectionArrays:
-    """Read the output of an ``nms`` file for one image, [D * 6] in any shape: x1, y1, x2,
-    y2, score, class.
+    """Read the output of an ``nms`` file for one image, [D * 6] in any shape: x1, y1,
+    x2, y2, score, class.
     """
     del post_processing, resolution
     rows = row.reshape(-1, NMS_COLUMNS)
@@ -158,15 +163,16 @@ def read_nms(
 def read_tasks(
     row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
 ) -> DetectionArrays:
-    """Read the outputs of a ``tasks`` file for one image, flattened and concatenated: boxes
-    [D * 4] (ymin, xmin, ymax, xmax as fractions of the input size), classes [D], scores
-    [D] and the number of detections. Boxes are clipped to the image, which the op does
-    not do.
+    """Read the outputs of a ``tasks`` file for one image, flattened and concatenated:
+    boxes [D * 4] (ymin, xmin, ymax, xmax as fractions of the input size), classes [D],
+    scores [D] and the number of detections. Boxes are clipped to the image, which the
+    op does not do.
     """
     del post_processing
     flat = row.reshape(-1)
     size = (len(flat) - 1) // (BOX + 2)
     count = int(np.nan_to_num(flat[-1]))
+    # ymin, xmin, ymax, xmax -> x1, y1, x2, y2
     boxes = flat[: BOX * size].reshape(size, BOX)[:count, [1, 0, 3, 2]]
     labels, scores = flat[BOX * size : -1].reshape(2, size)[:, :count]
     return _valid(np.clip(boxes * resolution, 0, resolution), scores, labels, classes)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hwnas.errors import ExportError
-from hwnas.export.tflite_file import graph_ops, holds_data, inlined
+from hwnas.export.tflite_file import graph_ops, holds_data, inline_data
 
 Ranges = dict[str, npt.NDArray[np.float32]]
 """``min`` and ``max`` of a tensor, in the format of the quantizer's calibration."""
@@ -30,17 +30,17 @@ Ranges = dict[str, npt.NDArray[np.float32]]
 def quantize_int8(
     model: bytes, calibration: Sequence[npt.NDArray[np.float32]], *, float_io: bool = False
 ) -> bytes:
-    """Quantise a float32 TFLite file to static int8: activations per tensor, weights per
-    output channel.
+    """Quantise a float32 TFLite file to static int8: activations per tensor, weights
+    per output channel.
 
-    ``calibration`` holds images as the network sees them, float32 arrays [N, H, W, C].
+    ``calibration`` are images as the network sees them, float32 arrays [N, H, W, C].
     They determine the ranges of the activations.
 
     By default, the file takes and returns int8, at scales stored in it. A block is then
     timed without operators that it does not have inside a network: they add 2 % to an
     MBConv block of 32 channels at 56x56, and 50 % to a single 1x1 convolution. With
-    ``float_io``, the file is a drop-in replacement for the float one, with a QUANTIZE at
-    the input and a DEQUANTIZE at the output, and apps need not know the scales.
+    ``float_io``, the file is a drop-in replacement for the float one, with a QUANTIZE
+    at the input and a DEQUANTIZE at the output, and apps need not know the scales.
 
     Raises ExportError if the arrays do not fit the model, or if an operator has no int8
     version and would run in float32.
@@ -50,11 +50,13 @@ def quantize_int8(
     key, input_name, shape_NHWC, output_count = _signature(model)
     images: list[npt.NDArray[np.float32]] = []
     for batch in calibration:
+        # one image at a time: the file has batch size 1
         images += [image[None] for image in _checked(batch, shape_NHWC)]
     if not images:
         raise ExportError("int8 needs at least one calibration image")
     rules = recipe.static_wi8_ai8()
     if float_io:
+        # a later rule overrides the earlier ones for the operators that it matches
         keep_float = {"regex": ".*", "algorithm_key": "no_quantize", "op_config": {}}
         rules += [{**keep_float, "operation": border} for border in ("INPUT", "OUTPUT")]
     samples = {key: [{input_name: image} for image in images]}
@@ -82,7 +84,8 @@ def _quantized(model: bytes, ranges: Any, rules: Any, dequantized_outputs: int) 
 
     with _quantizing():
         work = quantizer.Quantizer(model, rules).quantize(ranges, enable_progress_report=False)
-    quantized = inlined(bytes(work.quantized_model))
+    # the quantizer puts data after the flatbuffer, which schema-based tools do not find
+    quantized = inline_data(bytes(work.quantized_model))
     _require_int8(quantized, dequantized_outputs)
     return quantized
 
@@ -107,8 +110,8 @@ def _activations(model: bytes) -> dict[str, int]:
 
 
 def _ranges(low: npt.ArrayLike, high: npt.ArrayLike, rank: int) -> Ranges:
-    """A range in the quantizer's format: arrays with one value, and as many dimensions as
-    the tensor.
+    """A range in the quantizer's format: arrays with one value, and as many dimensions
+    as the tensor.
     """
     shape = (1,) * rank
     return {"min": np.full(shape, low, np.float32), "max": np.full(shape, high, np.float32)}
@@ -119,9 +122,9 @@ def _activation_ranges(
 ) -> dict[str, Ranges]:
     """The smallest and the largest value of each tensor over all samples.
 
-    Quantizer.calibrate would start with the range of the first sample and move it by 5 %
-    towards each later one. After a few dozen images, the range would still be that of the
-    first, and the others would be clipped.
+    Quantizer.calibrate would start with the range of the first sample and move it by 5
+    % towards each later one. After a few dozen images, the range would still be that of
+    the first, and the others would be clipped.
 
     LiteRT's own counters record the extremes while the model runs. Copying every tensor
     to Python instead, as the quantizer does by default, takes eight times as long.
@@ -145,7 +148,9 @@ def _activation_ranges(
 
 
 def _require_int8(model: bytes, dequantized_outputs: int) -> None:
-    """Raise ExportError if an operator other than the final DEQUANTIZE runs in float32."""
+    """Raise ExportError if an operator other than the final DEQUANTIZE runs
+    in float32.
+    """
     ops = graph_ops(model)
     in_float = [op.name for op in ops if op.dtype == "FLOAT32"]
     if not ops:
@@ -153,8 +158,8 @@ def _require_int8(model: bytes, dequantized_outputs: int) -> None:
     if in_float != ["DEQUANTIZE"] * dequantized_outputs:
         culprits = sorted(set(in_float) - {"DEQUANTIZE"}) or ["an input that is also an output"]
         raise ExportError(
-            f"The quantizer has no int8 version of {', '.join(culprits)}, which"
-            f" would run in float32"
+            f"The quantizer has no int8 version of {', '.join(culprits)}, which would run in"
+            " float32"
         )
 
 
@@ -195,6 +200,7 @@ def hushed_stderr() -> Iterator[None]:
     """Discard what native code writes to file descriptor 2. Loggers and redirects in
     Python do not see it.
     """
+    # flushed before and after, so that Python's own messages are neither lost nor moved
     sys.stderr.flush()
     saved = os.dup(2)
     try:
@@ -209,8 +215,8 @@ def hushed_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quantizing() -> Iterator[None]:
-    """Convert the quantizer's exceptions to ExportError. Hide its progress bars, and its
-    warning that keeping all tensors takes memory.
+    """Convert the quantizer's exceptions to ExportError. Hide its progress bars, and
+    its warning that keeping all tensors takes memory.
     """
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), hushed_stderr():

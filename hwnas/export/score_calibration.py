@@ -1,10 +1,10 @@
 """Score calibration: turns a classifier's outputs into the probability that a label is
 correct.
 
-Platt's method (Probabilistic outputs for support vector machines, 1999): for each label,
-a logistic regression of "the image shows it" on the label's score. Its targets are
-(N+ + 1) / (N+ + 2) and 1 / (N- + 2) instead of 1 and 0, so that the slope stays finite
-even for perfectly separated classes.
+Platt's method (Probabilistic outputs for support vector machines, 1999): for each
+label, a logistic regression of "the image shows it" on the label's score. Its targets
+are (N+ + 1) / (N+ + 2) and 1 / (N- + 2) instead of 1 and 0, so that the slope stays
+finite even for perfectly separated classes.
 
 Readers compute (ScoreCalibrationOptions in metadata_schema.fbs;
 score_calibration_calculator.cc): scale / (1 + exp(-(slope g(x) + offset))). g is the
@@ -32,8 +32,8 @@ _SMALLEST = 1e-16
 
 @dataclass(frozen=True)
 class ScoreCalibration:
-    """The slope and the offset of each label's sigmoid, in the order of labels. They apply
-    to scores after ``transformation``.
+    """The slope and the offset of each label's sigmoid, in the order of labels. They
+    apply to scores after ``transformation``.
     """
 
     slopes: tuple[float, ...]
@@ -41,14 +41,17 @@ class ScoreCalibration:
     transformation: Transformation
 
     def text(self) -> str:
-        """The content of the associated file: a line ``scale,slope,offset`` per label."""
+        """The content of the associated file: a line ``scale,slope,offset``
+        per label.
+        """
         pairs = zip(self.slopes, self.offsets, strict=True)
         return "\n".join(f"1,{slope:.9g},{offset:.9g}" for slope, offset in pairs)
 
     def apply(self, scores: npt.NDArray[np.floating]) -> Floats:
         """Calibrate scores [N, labels] of a file, as readers do.
 
-        >>> ScoreCalibration((2.0,), (-1.0,), "IDENTITY").apply(np.array([[0.5]])).tolist()
+        >>> calibration = ScoreCalibration((2.0,), (-1.0,), "IDENTITY")
+        >>> calibration.apply(np.array([[0.5]])).tolist()
         [[0.5]]
         """
         transformed = _transformed(scores.astype(np.float64), self.transformation)

@@ -49,8 +49,8 @@ class Trained:
     _made: dict[str, bytes] = field(default_factory=dict, compare=False)
 
     def once(self, name: str, make: Callable[[], bytes]) -> bytes:
-        """Return the cached result of ``make``. For the part that several files of a network
-        share, so that it is computed only once.
+        """Return the cached result of ``make``. For the part that several files of a
+        network share, so that it is computed only once.
         """
         if name not in self._made:
             self._made[name] = make()
@@ -67,8 +67,8 @@ class Target(ABC):
         parts_detectors: Whether ``network_alone`` can extract a detector's network from
             its file. The detector's latency can then be predicted.
         packages: The installed distributions that affect the content of a file.
-        modules: Our own source files that affect the content of a file. Both are part of
-            the key under which timing files are cached.
+        modules: Our own source files that affect the content of a file. Both are part
+            of the key under which timing files are cached.
         runner: A Python file that adds a runtime to the runner on this computer. It
             defines ``MODELS`` (runtime -> class, see ``deploy/runner.py``) and
             ``SUFFIXES`` (suffix of a file -> runtime).
@@ -86,34 +86,34 @@ class Target(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether a file computes the same as PyTorch up to float32 rounding, and returns
-        all outputs.
+        """Whether a file computes the same as PyTorch up to float32 rounding, and
+        returns all outputs.
         """
         return self.dtype == "fp32" and self.graph == "decoded"
 
     @abstractmethod
     def write(self, trained: Trained) -> bytes:
-        """Write the file of a trained network. Raises ExportError if the target does not
-        support the network.
+        """Write the file of a trained network. Raises ExportError if the target does
+        not support the network.
         """
 
     @abstractmethod
     def timing_file(self, network: Network) -> bytes:
-        """Write the file of a network, of one op or of many, that is only timed. It has no
-        metadata, but is as fast as that of a trained network.
+        """Write the file of a network, of one op or of many, that is only timed. It has
+        no metadata, but is as fast as that of a trained network.
         """
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
-        """Extract the network from a file that contains more (an interface, a detector's
-        decoding), for timing.
+        """Extract the network from a file that contains more (an interface, a
+        detector's decoding), for timing.
 
         Returns None if that is impossible. An interface is then part of the timing.
         """
         return None
 
     def at_score(self, model: bytes, min_score: float) -> bytes:
-        """Change the score threshold in a file that selects detections itself, for timing.
-        Raises ExportError if that is impossible.
+        """Change the score threshold in a file that selects detections itself, for
+        timing. Raises ExportError if that is impossible.
         """
         raise ExportError(f"the score threshold in {self.file} cannot be changed")
 
@@ -125,8 +125,8 @@ def target(name: str) -> Target:
 
 
 def timing_target(runtime: str, dtype: str) -> Target:
-    """The target whose files are timed for a runtime and number format. Raises ConfigError
-    if there is none.
+    """The target whose files are timed for a runtime and number format. Raises
+    ConfigError if there is none.
     """
     # Timing files contain only a network, so variants with NMS do not count.
     candidates = [made for made in map(target, TARGETS) if made.graph == "decoded"]

@@ -1,5 +1,5 @@
-"""The built-in targets: TFLite in float32 and static int8, ONNX in float32, and detector
-files that select the detections themselves.
+"""The built-in targets: TFLite in float32 and static int8, ONNX in float32, and
+detector files that select the detections themselves.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ class _TFLite(Target):
     modules: ClassVar[tuple[ModuleType, ...]] = (block_writer, tflite_file, tflite_writer)
 
     def write(self, trained: Trained) -> bytes:
-        """The network with its interface, a detector's post-processing, and metadata."""
+        """The network with its interface, a detector's post-processing, and
+        metadata.
+        """
         model = trained.once(
             f"tflite-{self.dtype}",
+            # shared by the plain file and the one with NMS, which differ only after it
             lambda: trained.interface.around(self._network(trained), "litert"),
         )
         if isinstance(trained.network, DetectionNetwork):
@@ -61,7 +64,7 @@ class _TFLite(Target):
         if self.graph == "tasks":
             model = tflite_detector.tasks(heads, network, trained.post_processing)
             return with_metadata(model, replace(trained.card, output="tasks"))
-        model = tflite_detector.decoded(heads, network)
+        model = tflite_detector.add_decoding(heads, network)
         return with_metadata(model, replace(trained.card, output="decoded"))
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes:
@@ -75,7 +78,9 @@ class _TFLite(Target):
         return tflite_detector.tasks_at(model, min_score)
 
     def timing_file(self, network: Network) -> bytes:
-        """A single op is written by ``write_op``: its outputs need not be a network's."""
+        """A single op is written by ``write_op``: its outputs need not be a
+        network's.
+        """
         ops = network.arch.ops()
         if len(ops) == 1:
             return tflite_writer.write_op(ops[0], network.blocks[0])
@@ -111,7 +116,9 @@ class TFLiteInt8(_TFLite):
 
 
 class TFLiteFloatTasks(TFLiteFloat):
-    """A detector with ``TFLite_Detection_PostProcess``, which Android's task libraries read."""
+    """A detector with ``TFLite_Detection_PostProcess``, which Android's task libraries
+    read.
+    """
 
     file = "model-fp32-tasks.tflite"
     graph: ClassVar[Graph] = "tasks"
@@ -145,7 +152,7 @@ class Onnx(Target):
     def _network(self, network: Network) -> bytes:
         metadata = {"architecture": network.arch.to_json()}
         if isinstance(network, DetectionNetwork):
-            return onnx_detector.decoded(network, metadata)
+            return onnx_detector.add_decoding(network, metadata)
         return write_onnx(network, metadata)
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
@@ -153,7 +160,9 @@ class Onnx(Target):
         return None if detector else onnx_interface.network_alone(model)
 
     def timing_file(self, network: Network) -> bytes:
-        """A single op is written by ``write_op``: its outputs need not be a network's."""
+        """A single op is written by ``write_op``: its outputs need not be a
+        network's.
+        """
         ops = network.arch.ops()
         if len(ops) == 1:
             return onnx_writer.write_op(ops[0], network.blocks[0])

@@ -1,5 +1,5 @@
-"""The part after the predictions in a detector's TFLite files, in float32 after any kind of
-network.
+"""The part after the predictions in a detector's TFLite files, in float32 after any
+kind of network.
 
 ``tflite_writer.write_heads`` writes the network's part, which may be quantised. Its
 outputs are concatenated and continue as
@@ -28,7 +28,7 @@ from flatbuffers import flexbuffers
 from hwnas.core.detector import PostProcessing
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
 from hwnas.export.names import DETECTIONS, TASK_OUTPUTS
-from hwnas.export.tflite_file import Graph
+from hwnas.export.tflite_file import TFLiteGraph
 from hwnas.export.tflite_interface import network_alone
 from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
 
@@ -37,23 +37,25 @@ _SCOPE = "decode."
 _CODE = "TFLite_Detection_PostProcess"
 
 
-def decoded(heads: bytes, network: DetectionNetwork) -> bytes:
-    """Append decoding to the file of a network's predictions. The new file has one output,
-    ``detections`` float32 [1, anchors, 4 + classes], as ``detector.Decoded`` defines it.
+def add_decoding(heads: bytes, network: DetectionNetwork) -> bytes:
+    """Append decoding to the file of a network's predictions. The new file has one
+    output, ``detections`` float32 [1, anchors, 4 + classes], as ``detector.Decoded``
+    defines it.
 
     ``heads`` is not quantised, or quantised with float outputs.
     """
     tail = _Tail(heads, network)
     boxes = tail.boxes()
     scores = tail.scores()
+    # outputs have plain names, which apps look up; only what is inside has the prefix
     tail.graph.scope = ""
-    rows = tail.graph.concatenated(DETECTIONS, [boxes, scores], axis=2)
+    rows = tail.graph.concatenate(DETECTIONS, [boxes, scores], axis=2)
     return tail.graph.pack(tail.entry, rows)
 
 
 def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> bytes:
-    """Append ``TFLite_Detection_PostProcess`` to the file of a network's predictions. Its
-    four outputs, for D = ``config.detections``, are
+    """Append ``TFLite_Detection_PostProcess`` to the file of a network's predictions.
+    Its four outputs, for D = ``config.detections``, are
 
     ``boxes`` [1, D, 4] as ymin, xmin, ymax, xmax in fractions of the input size,
     ``classes`` [1, D], ``scores`` [1, D], ``count`` [1].
@@ -69,18 +71,18 @@ def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> by
 
 
 def without_decoding(model: bytes) -> bytes:
-    """Undo ``decoded``, and remove the normalisation, for timing.
+    """Undo ``add_decoding``, and remove the normalisation, for timing.
 
     A latency table predicts the latency of the network. Its calibration includes the
     small cost of concatenating the maps, which this file does not have.
     """
-    graph, entry, _ = Graph.opened(model)
+    graph, entry, _ = TFLiteGraph.open(model)
     return network_alone(graph.pack(entry, *graph.cut(_SCOPE)))
 
 
 def tasks_at(model: bytes, min_score: float) -> bytes:
     """Change the score threshold of a ``tasks`` file, for timing."""
-    graph, entry, exits = Graph.opened(model)
+    graph, entry, exits = TFLiteGraph.open(model)
     graph.change_custom(_CODE, lambda options: _with_min_score(options, min_score))
     return graph.pack(entry, *exits)
 
@@ -115,7 +117,7 @@ class _Tail:
     """The float32 part at the end of a detector's graph."""
 
     def __init__(self, heads: bytes, network: DetectionNetwork) -> None:
-        self.graph, self.entry, exits = Graph.opened(heads)
+        self.graph, self.entry, exits = TFLiteGraph.open(heads)
         self.graph.scope = _SCOPE
         self.network = network
         self.detector = detector_of(network.arch)
@@ -126,7 +128,7 @@ class _Tail:
     def _rows(self, name: str, maps: list[int], width: int) -> int:
         """The concatenated rows of all maps, [1, anchors, width]."""
         rows = [self.graph.rows(f"{name}.map{i}", x, width) for i, x in enumerate(maps)]
-        return self.graph.concatenated(name, rows)
+        return self.graph.concatenate(name, rows)
 
     def _sliced(self, name: str, x: int, first: int, width: int) -> int:
         """The columns ``first`` to ``first + width`` of rows."""
@@ -189,7 +191,7 @@ class _Tail:
         high = graph.operator(
             "ADD", "high", [centre, half], graph.shape(half), schema.AddOptionsT()
         )
-        boxes = graph.concatenated("boxes", [low, high], axis=2)
+        boxes = graph.concatenate("boxes", [low, high], axis=2)
         boxes = self._with("MAXIMUM", "boxes.low", boxes, np.array(0.0))
         resolution = np.array(float(self.network.arch.resolution))
         return self._with("MINIMUM", "boxes.inside", boxes, resolution)
@@ -204,8 +206,8 @@ class _Tail:
         )
 
     def task_anchors(self) -> int:
-        """The anchors [anchors, 4] in the operator's order: centre y, centre x, height, width,
-        as fractions of the input size.
+        """The anchors [anchors, 4] in the operator's order: centre y, centre x, height,
+        width, as fractions of the input size.
         """
         anchors = self.centres_A4[:, [1, 0, 3, 2]] / self.network.arch.resolution
         return self.graph.constant("anchors", anchors)

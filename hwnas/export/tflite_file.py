@@ -30,7 +30,8 @@ from hwnas.errors import ExportError
 from hwnas.nn.detector import JOINED
 
 LIMIT_BYTES = 2**31
-"""Offsets in a flatbuffer are signed 32-bit numbers. TFLite refuses files of this size."""
+"""Offsets in a flatbuffer are signed 32-bit numbers. TFLite refuses files of this size.
+"""
 _FILE_IDENTIFIER = b"TFL3"
 _SCHEMA_VERSION = 3
 _ALIGNMENT_BYTES = 16
@@ -43,8 +44,8 @@ _NO_OFFSET = 1
 def read_model(content: bytes) -> Any:
     """Read a file into a ``schema.ModelT`` whose buffers and custom options are inline.
 
-    Data after the flatbuffer that no offset points to, such as the zip archive of TFLite
-    metadata, is dropped.
+    Data after the flatbuffer that no offset points to, such as the zip archive of
+    TFLite metadata, is dropped.
 
     Raises ExportError if the file ends before the data that it points to.
     """
@@ -64,8 +65,8 @@ def read_model(content: bytes) -> Any:
 
 
 def write_model(model: Any) -> bytes:
-    """Write a ``schema.ModelT`` whose data are inline, with the alignment that schema.fbs
-    requires. ``model`` stays unchanged.
+    """Write a ``schema.ModelT`` whose data are inline, with the alignment that
+    schema.fbs requires. ``model`` stays unchanged.
 
     Raises ExportError if the file would have 2 GiB or more.
     """
@@ -90,16 +91,16 @@ def write_model(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
-def inlined(content: bytes) -> bytes:
-    """Move all data of a file into the flatbuffer. Anything else after the flatbuffer (a zip
-    archive) is dropped.
+def inline_data(content: bytes) -> bytes:
+    """Move all data of a file into the flatbuffer. Anything else after the flatbuffer
+    (a zip archive) is dropped.
     """
     return write_model(read_model(content))
 
 
 def holds_data(model: Any, tensor: Any) -> bool:
-    """Whether a tensor of a packed ``schema.Model`` is a constant. Other tensors exist only
-    while the graph runs.
+    """Whether a tensor of a packed ``schema.Model`` is a constant. Other tensors exist
+    only while the graph runs.
     """
     buffer = model.Buffers(tensor.Buffer())
     return buffer.DataLength() > 0 or _is_outside(buffer.Offset(), buffer.Size())
@@ -120,16 +121,16 @@ def _outside(content: bytes, offset: int, size: int) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _Aligned:
-    """A buffer with the alignment that schema.fbs requires. The generated BufferT aligns to
-    only four bytes.
+    """A buffer with the alignment that schema.fbs requires. The generated BufferT
+    aligns to only four bytes.
     """
 
     data: bytes
 
     # the generated ModelT calls this name
     def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802
-        """Write the buffer, and return its offset. An empty buffer is for tensors that exist
-        only while the graph runs, and must have no data field.
+        """Write the buffer, and return its offset. An empty buffer is for tensors that
+        exist only while the graph runs, and must have no data field.
         """
         if not self.data:
             schema.BufferStart(builder)
@@ -143,9 +144,9 @@ class _Aligned:
         return offset
 
 
-class Graph:
-    """A TFLite graph under construction. Tensors are referred to by their index. Their names
-    are unique, as the quantizer requires.
+class TFLiteGraph:
+    """A TFLite graph under construction. Tensors are referred to by their index. Their
+    names are unique, as the quantizer requires.
     """
 
     scope = ""
@@ -160,9 +161,9 @@ class Graph:
         self._versions: dict[str, int] = {}
 
     @classmethod
-    def opened(cls, model: bytes) -> tuple[Self, int, list[int]]:
-        """Open the graph of a file in order to extend it. Returns the graph, its only input,
-        and its outputs. Drops metadata.
+    def open(cls, model: bytes) -> tuple[Self, int, list[int]]:
+        """Open the graph of a file in order to extend it. Returns the graph, its only
+        input, and its outputs. Drops metadata.
         """
         parsed = read_model(model)
         opened = cls()
@@ -181,8 +182,8 @@ class Graph:
         return opened, int(entry), [int(exit_) for exit_ in graph.outputs]
 
     def cut(self, scope: str) -> list[int]:
-        """Remove the last operators, those whose names start with ``scope``. Returns the
-        tensors that they read from the others.
+        """Remove the last operators, those whose names start with ``scope``. Returns
+        the tensors that they read from the others.
         """
         first = next(i for i, tensor in enumerate(self.tensors) if tensor.name.startswith(scope))
         kept = [operator for operator in self._operators if min(operator.outputs) < first]
@@ -194,8 +195,8 @@ class Graph:
         return list(dict.fromkeys(read))
 
     def lead(self, count: int, entry: int, exit_: int) -> None:
-        """Move the last ``count`` operators, which lead from ``entry`` to ``exit_``, to the
-        front. The others then read ``exit_`` instead of ``entry``.
+        """Move the last ``count`` operators, which lead from ``entry`` to ``exit_``, to
+        the front. The others then read ``exit_`` instead of ``entry``.
         """
         leading = self._operators[-count:]
         others = self._operators[:-count]
@@ -203,8 +204,8 @@ class Graph:
         self._operators = [*leading, *others]
 
     def drop_lead(self, count: int, entry: int) -> None:
-        """Remove the first ``count`` operators, which ``lead`` has moved there. The others
-        read ``entry`` again.
+        """Remove the first ``count`` operators, which ``lead`` has moved there. The
+        others read ``entry`` again.
         """
         leading = self._operators[:count]
         others = self._operators[count:]
@@ -243,10 +244,14 @@ class Graph:
         return len(self.tensors) - 1
 
     def constant(self, name: str, values: npt.NDArray[np.float64] | npt.NDArray[np.int32]) -> int:
-        """Add a tensor with values: int32 unchanged, float64 as float32. Returns its index."""
-        stored, dtype = "<f4", schema.TensorType.FLOAT32
+        """Add a tensor with values: int32 unchanged, float64 as float32. Returns its
+        index.
+        """
+        stored = "<f4"
+        dtype = schema.TensorType.FLOAT32
         if values.dtype == np.int32:
-            stored, dtype = "<i4", schema.TensorType.INT32
+            stored = "<i4"
+            dtype = schema.TensorType.INT32
         buffer = schema.BufferT()
         buffer.data = values.astype(stored).tobytes()
         self._buffers.append(buffer)
@@ -262,8 +267,8 @@ class Graph:
         *,
         version: int = 1,
     ) -> int:
-        """Add the operator ``code`` (spelled as in the schema). Returns its output, a tensor
-        called ``name`` with ``shape``.
+        """Add the operator ``code`` (spelled as in the schema). Returns its output, a
+        tensor called ``name`` with ``shape``.
         """
         output = self.tensor(name, shape)
         operator = self._operator(code, inputs, [output], version)
@@ -280,9 +285,9 @@ class Graph:
         target_shape = self.constant(f"{name}.shape", np.array(shape, np.int32))
         return self.operator("RESHAPE", f"{name}.rows", [x, target_shape], shape)
 
-    def concatenated(self, name: str, parts: Sequence[int], axis: int = 1) -> int:
-        """CONCATENATION, of at most ``JOINED`` parts at once, the limit of XNNPACK. Nothing
-        for a single part.
+    def concatenate(self, name: str, parts: Sequence[int], axis: int = 1) -> int:
+        """CONCATENATION, of at most ``JOINED`` parts at once, the limit of XNNPACK.
+        Nothing for a single part.
         """
         joined = list(parts)
         while len(joined) > 1:
@@ -298,8 +303,8 @@ class Graph:
     def custom(
         self, code: str, inputs: Sequence[int], outputs: Sequence[int], options: bytes
     ) -> None:
-        """Add an operator that is not in the schema, with its options as flexbuffers. The
-        tensors must exist.
+        """Add an operator that is not in the schema, with its options as flexbuffers.
+        The tensors must exist.
         """
         operator = self._operator(code, inputs, outputs, 1)
         operator.customOptions = options
@@ -323,7 +328,7 @@ class Graph:
         self._operators.append(operator)
         return operator
 
-    def named(self, names: Sequence[str], tensors: Sequence[int]) -> Sequence[int]:
+    def rename_tensors(self, names: Sequence[str], tensors: Sequence[int]) -> Sequence[int]:
         """Rename tensors, and return them."""
         for name, tensor in zip(names, tensors, strict=True):
             self.tensors[tensor].name = name
@@ -370,8 +375,8 @@ class Graph:
 
 
 class GraphOp(NamedTuple):
-    """An operator of a TFLite graph: its name and the type of its first output, spelled as
-    in the schema.
+    """An operator of a TFLite graph: its name and the type of its first output, spelled
+    as in the schema.
     """
 
     name: str

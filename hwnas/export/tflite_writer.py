@@ -40,7 +40,7 @@ from hwnas.core.ir import Node
 from hwnas.core.ops import Op
 from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
-from hwnas.export.tflite_file import Graph
+from hwnas.export.tflite_file import TFLiteGraph
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import Network
 
@@ -57,15 +57,16 @@ def write_tflite(network: Network) -> bytes:
     """Write a network as a float32 TFLite file with the input ``image`` [1, size, size,
     channels] and the output ``logits`` [1, classes].
 
-    A detector has two outputs: ``logits`` [1, anchors, classes + 1], with the background
-    first, and ``codes`` [1, anchors, 4].
+    A detector has two outputs: ``logits`` [1, anchors, classes + 1], with the
+    background first, and ``codes`` [1, anchors, 4].
 
     The file computes what the network computes in eval mode; the network itself stays
     unchanged. The same weights give the same bytes. Takes about 40 ms for MobileNetV2.
 
     >>> from hwnas.core.spaces import published
     >>> from hwnas.nn.classifier import ClassificationNetwork
-    >>> len(write_tflite(ClassificationNetwork(published("mobilenet_v2")))) // 1_000_000  # MB
+    >>> network = ClassificationNetwork(published("mobilenet_v2"))
+    >>> len(write_tflite(network)) // 1_000_000  # MB
     13
     """
     graph = _Writer()
@@ -73,16 +74,17 @@ def write_tflite(network: Network) -> bytes:
     entry = graph.tensor(IMAGE, (1, size, size, network.arch.in_channels))
     outputs = graph.network(entry, network)
     names = (LOGITS, "codes")[: len(outputs)]
-    return graph.pack(entry, *graph.named(names, outputs))
+    return graph.pack(entry, *graph.rename_tensors(names, outputs))
 
 
 def write_op(op: Op, module: nn.Module) -> bytes:
-    """Write one op as a float32 TFLite file with the input ``input`` [1, size, size, in_ch].
+    """Write one op as a float32 TFLite file with the input ``input`` [1, size, size,
+    in_ch].
 
-    ``module`` is the result of ``hwnas.nn.blocks.build(op)``, with any weights. The output
-    ``output`` is [1, out_size, out_size, out_ch], or [1, out_ch] for a classifier.
-    Detector heads (``ssd``) have the outputs ``classes`` and ``boxes`` instead. Takes
-    about 1 ms.
+    ``module`` is the result of ``hwnas.nn.blocks.build(op)``, with any weights. The
+    output ``output`` is [1, out_size, out_size, out_ch], or [1, out_ch] for a
+    classifier. Detector heads (``ssd``) have the outputs ``classes`` and ``boxes``
+    instead. Takes about 1 ms.
 
     Raises ExportError if ``module`` was not built from ``op``.
 
@@ -95,17 +97,17 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     entry = graph.tensor("input", (1, op.size, op.size, op.in_ch))
     outputs = graph.block(entry, op, module)
     names = ("classes", "boxes") if len(outputs) > 1 else ("output",)
-    return graph.pack(entry, *graph.named(names, outputs))
+    return graph.pack(entry, *graph.rename_tensors(names, outputs))
 
 
 def write_heads(network: DetectionNetwork) -> bytes:
     """Write the raw predictions of a detector as a float32 TFLite file with the input
-    ``image`` [1, size, size, channels]. Its outputs are the class logits and the box codes
-    of each map, alternating.
+    ``image`` [1, size, size, channels]. Its outputs are the class logits and the box
+    codes of each map, alternating.
 
-    They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4], in
-    the order of the rows of ``DetectionNetwork``. Each is a separate tensor, so that a
-    quantizer can choose a scale for each map.
+    They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4],
+    in the order of the rows of ``DetectionNetwork``. Each is a separate tensor, so that
+    a quantizer can choose a scale for each map.
     """
     graph = _Writer()
     size = network.arch.resolution
@@ -116,13 +118,15 @@ def write_heads(network: DetectionNetwork) -> bytes:
     return graph.pack(entry, *outputs)
 
 
-class _Writer(Graph, BlockWriter[int]):
+class _Writer(TFLiteGraph, BlockWriter[int]):
     """Translates programs into TFLite operators. The docstring of each method lists the
     operators that it emits.
     """
 
     def conv(self, x: int, node: Node, weight_OIHW: Numbers, bias_O: Numbers) -> int:
-        """PAD if needed, [DEPTHWISE_]CONV_2D, and the activation if it cannot be fused."""
+        """PAD if needed, [DEPTHWISE_]CONV_2D, and the activation if it
+        cannot be fused.
+        """
         depthwise = _separate_filters(node)
         # TFLite's layouts: 1HWO for depthwise convolutions, OHWI for others
         axes = (1, 2, 3, 0) if depthwise else (0, 2, 3, 1)
@@ -173,7 +177,8 @@ class _Writer(Graph, BlockWriter[int]):
         )
 
     def pool(self, x: int, node: Node) -> int:
-        """AVERAGE_POOL_2D or MAX_POOL_2D, directly if SAME or VALID pads as PyTorch does.
+        """AVERAGE_POOL_2D or MAX_POOL_2D, directly if SAME or VALID pads as PyTorch
+        does.
 
         Otherwise a border is added first. For a maximum, it consists of copies of the
         outer rows and columns. They cannot change the result, because each window that
@@ -201,8 +206,8 @@ class _Writer(Graph, BlockWriter[int]):
         )
 
     def _repeated(self, x: int, node: Node, axis: int) -> int:
-        """Add copies of the outer rows or columns, as many on each side as windows reach
-        beyond the image: SLICE, CONCATENATION.
+        """Add copies of the outer rows or columns, as many on each side as windows
+        reach beyond the image: SLICE, CONCATENATION.
         """
         before = _padding(node)
         # from the first row of the padding to the last row of the last window
@@ -214,7 +219,7 @@ class _Writer(Graph, BlockWriter[int]):
             parts.insert(0, self._edge(x, node, axis, begin=0, count=before))
         if after > 0:
             parts.append(self._edge(x, node, axis, begin=node.size - after, count=after))
-        return self.concatenated(f"{node.name}.{axis}", parts, axis)
+        return self.concatenate(f"{node.name}.{axis}", parts, axis)
 
     def _edge(self, x: int, node: Node, axis: int, *, begin: int, count: int) -> int:
         """``count`` rows or columns of a map, from ``begin`` on: SLICE."""
@@ -256,8 +261,8 @@ class _Writer(Graph, BlockWriter[int]):
         return self.act(x, f"{name}.act", node.act)
 
     def act(self, x: int, name: str, act: str) -> int:
-        """The operators of an activation: LOGISTIC and MUL for SiLU, ADD and MUL for a hard
-        sigmoid, one operator for all others.
+        """The operators of an activation: LOGISTIC and MUL for SiLU, ADD and MUL for a
+        hard sigmoid, one operator for all others.
         """
         if act == "none":
             return x
@@ -288,8 +293,8 @@ class _Writer(Graph, BlockWriter[int]):
         return self._reshape(name, x, (*image, channels))
 
     def mean(self, x: int, name: str, *, flat: bool) -> int:
-        """MEAN over height and width. A single pixel needs no MEAN: SUM with ``flat``, which
-        then only removes the two axes, and nothing otherwise.
+        """MEAN over height and width. A single pixel needs no MEAN: SUM with ``flat``,
+        which then only removes the two axes, and nothing otherwise.
         """
         _, height, width, channels = self.shape(x)
         is_pixel = height == width == 1
@@ -318,7 +323,7 @@ class _Writer(Graph, BlockWriter[int]):
 
     def channels_joined(self, parts: Sequence[int], name: str) -> int:
         """CONCATENATION along the channels."""
-        return self.concatenated(name, parts, _CHANNELS)
+        return self.concatenate(name, parts, _CHANNELS)
 
     def first_channels(self, x: int, name: str, channels: int) -> int:
         """SLICE of the first ``channels`` channels."""
@@ -358,7 +363,9 @@ def _separate_filters(node: Node) -> bool:
 
 
 def _padding(node: Node) -> int:
-    """By how many cells PyTorch pads each side. Pooling with even kernels has no padding."""
+    """By how many cells PyTorch pads each side. Pooling with even kernels has no
+    padding.
+    """
     return node.dilation * (node.kernel // 2) if node.kernel % 2 else 0
 
 
@@ -380,8 +387,8 @@ def _same_padding(node: Node) -> bool:
 
 
 def _padding_ratios(node: Node) -> Numbers:
-    """For each window, the number of its cells divided by the number of those inside the
-    image: [out_size, out_size].
+    """For each window, the number of its cells divided by the number of those inside
+    the image: [out_size, out_size].
     """
     starts = np.arange(node.out_size) * node.stride - _padding(node)
     inside = np.minimum(starts + node.kernel, node.size) - np.maximum(starts, 0)

@@ -1,10 +1,10 @@
 """Builds the torch module of an op. The same module is timed, trained and exported.
 
 By default, initialisation follows TuNAS: He normal with fan-in (for depthwise kernels
-the fan-in of one channel), N(0, 0.01) for the classifier, zero biases. Layers are in the
-order of timm and torchvision, so that weights can be copied one after another. Global
-pooling is written as ``adaptive_avg_pool2d``, because a mean over two axes exports with
-a transpose.
+the fan-in of one channel), N(0, 0.01) for the classifier, zero biases. Layers are in
+the order of timm and torchvision, so that weights can be copied one after another.
+Global pooling is written as ``adaptive_avg_pool2d``, because a mean over two axes
+exports with a transpose.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor, bool], Tensor]] = {
     "sigmoid": lambda x, inplace: torch.sigmoid(x),
     "hsig": lambda x, inplace: F.hardsigmoid(x),
 }
-"""Name of an activation -> function of a tensor and of whether it may be overwritten."""
+"""Name of an activation -> function of a tensor and of whether it may be overwritten.
+"""
 
 
 class Activation(nn.Module):
-    """An activation as a module. ``inplace`` is safe if nothing else reads its input."""
+    """An activation as a module. ``inplace`` is safe if nothing else reads
+    its input.
+    """
 
     def __init__(self, name: str, inplace: bool = True) -> None:
         super().__init__()
-        self.name, self.inplace = name, inplace
+        self.name = name
+        self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape."""
@@ -49,7 +53,9 @@ class Activation(nn.Module):
 
 
 def conv_layer(node: Node, bn_eps: float) -> nn.Sequential:
-    """A layer of a program: convolution or pooling, then BN (or a bias), then activation."""
+    """A layer of a program: convolution or pooling, then BN (or a bias), then
+    activation.
+    """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if node.kind == "conv":
         parts["conv"] = nn.Conv2d(
@@ -69,7 +75,7 @@ def conv_layer(node: Node, bn_eps: float) -> nn.Sequential:
         else:
             parts["pool"] = nn.MaxPool2d(node.kernel, node.stride, padding)
     if node.norm:
-        # a BN behind pooling has no scale and shift, as in DARTS
+        # a BN after pooling has no scale and shift, as in DARTS
         parts["norm"] = nn.BatchNorm2d(node.out_ch, eps=bn_eps, affine=node.kind not in POOLS)
     if node.act != "none":
         parts["act"] = Activation(node.act)
@@ -171,8 +177,8 @@ class Block(nn.Module):
         self._steps = tuple(steps)
 
     def forward(self, x_NCHW: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size], or [N, out_ch] for a
-        classifier. An op with several outputs gives a tuple.
+        """[N, in_ch, size, size] -> [N, out_ch, out_size, out_size], or [N, out_ch] for
+        a classifier. An op with several outputs gives a tuple.
         """
         values: dict[int, Tensor] = {INPUT: x_NCHW}
         for number, (node, module, ending) in enumerate(self._steps, start=1):
@@ -181,7 +187,7 @@ class Block(nn.Module):
                 values[number] = module(inputs[0])
             else:
                 values[number] = PLAIN[node.kind](node, inputs)
-            # a map that nobody reads any more would only hold memory
+            # a map that nobody reads any more would only take up memory
             for i in ending:
                 del values[i]
 

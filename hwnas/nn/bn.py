@@ -32,7 +32,7 @@ def recalibrating(network: nn.Module) -> Iterator[None]:
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
-    # only the BNs are in training mode: dropout would distort the statistics behind it
+    # only the BNs are in training mode: dropout would distort the statistics after it
     network.eval()
     for norm in norms:
         norm.reset_running_stats()

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
-from hwnas.core.cell_plan import NONE, CellStep
+from hwnas.core.cell_steps import NONE, CellStep
 from hwnas.core.cells import CellSpace
 from hwnas.core.ops import Pool
 from hwnas.core.space import Option
@@ -55,8 +55,9 @@ class CellSupernet(Supernet):
     """All networks of a cell space in one module.
 
     Example:
-        >>> supernet = CellSupernet(space, torch.Generator().manual_seed(0))      # doctest: +SKIP
-        >>> logits = supernet(images, one_hot(picks, space))            # doctest: +SKIP
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> supernet = CellSupernet(space, generator)  # doctest: +SKIP
+        >>> logits = supernet(images, one_hot(picks, space))  # doctest: +SKIP
     """
 
     space: CellSpace
@@ -70,11 +71,11 @@ class CellSupernet(Supernet):
         self.check(space, config)
         self.space = space
         self.proxy = _proxy(space, config)
-        self.places = self.proxy.plan(pool_norm=space.skeleton == "darts")
-        self.parts = nn.ModuleList(self._part(place) for place in self.places)
+        self.steps = self.proxy.make_steps(pool_norm=space.skeleton == "darts")
+        self.parts = nn.ModuleList(self._part(step) for step in self.steps)
         self._last_use: dict[int, int] = {}
-        for position, place in enumerate(self.places):
-            for point in place.of:
+        for position, step in enumerate(self.steps):
+            for point in step.of:
                 self._last_use[point] = position
         self.fraction = 0.0
         self._tracking = True
@@ -97,18 +98,18 @@ class CellSupernet(Supernet):
                     f" {space.name} share no weights: set it to {required!r}."
                 )
 
-    def _part(self, place: CellStep) -> nn.Module:
-        """The module with the weights of a place."""
-        if place.kind == "op":
-            assert place.op is not None
-            op_module = build(place.op, bn_eps=self.space.bn_eps, dropout=self.config.dropout)
+    def _part(self, step: CellStep) -> nn.Module:
+        """The module with the weights of a step."""
+        if step.kind == "op":
+            assert step.op is not None
+            op_module = build(step.op, bn_eps=self.space.bn_eps, dropout=self.config.dropout)
             # bn_affine is for the cells; stem, reductions and the last BN stay affine
-            affine = self.config.bn_affine or ".pre" not in place.slot
+            affine = self.config.bn_affine or ".pre" not in step.slot
             return self._with_norms(op_module, affine)
 
         options = nn.ModuleDict()
-        if place.kind == "edge":
-            for option, op in zip(place.options, place.ops, strict=True):
+        if step.kind == "edge":
+            for option, op in zip(step.options, step.ops, strict=True):
                 if op is not None:
                     options[option] = build(op, bn_eps=self.space.bn_eps)
         return self._with_norms(options, self.config.bn_affine)
@@ -154,46 +155,46 @@ class CellSupernet(Supernet):
         x_NCHW = resized(x_NCHW, self.proxy_resolution() or self.space.resolution)
         listed = with_values(gates)
         points: dict[int, Tensor | None] = {0: x_NCHW}
-        for position, (place, part) in enumerate(zip(self.places, self.parts, strict=True)):
-            inputs = [points[point] for point in place.of]
+        for position, (step, part) in enumerate(zip(self.steps, self.parts, strict=True)):
+            inputs = [points[point] for point in step.of]
             # a node without any edge is zero, but later layers still need its shape
-            if place.kind == "sum" and all(map_NCHW is None for map_NCHW in inputs):
-                size = place.size * x_NCHW.shape[-1] // self.space.resolution
-                zeros = x_NCHW.new_zeros((x_NCHW.shape[0], place.channels, size, size))
+            if step.kind == "sum" and all(map_NCHW is None for map_NCHW in inputs):
+                size = step.size * x_NCHW.shape[-1] // self.space.resolution
+                zeros = x_NCHW.new_zeros((x_NCHW.shape[0], step.channels, size, size))
                 points[position + 1] = zeros.contiguous(memory_format=torch.channels_last)
             else:
-                points[position + 1] = self._run_place(place, part, inputs, listed, skip_dropout)
+                points[position + 1] = self._run_step(step, part, inputs, listed, skip_dropout)
             # free maps after their last use
-            for point in set(place.of):
+            for point in set(step.of):
                 if self._last_use[point] == position:
                     del points[point]
-        return cast(Tensor, points[len(self.places)])
+        return cast(Tensor, points[len(self.steps)])
 
-    def _run_place(
+    def _run_step(
         self,
-        place: CellStep,
+        step: CellStep,
         part: Any,
         inputs: Sequence[Tensor | None],
         gates: Listed,
         skip_dropout: float,
     ) -> Tensor | None:
-        """The output of a place; None for an edge that contributes nothing."""
+        """The output of a step; None for an edge that contributes nothing."""
         present = [x_NCHW for x_NCHW in inputs if x_NCHW is not None]
-        if place.kind == "sum":
+        if step.kind == "sum":
             return _sum(present)
-        if place.kind == "concat":
+        if step.kind == "concat":
             return torch.cat(present, dim=1)
-        if place.kind == "op":
+        if step.kind == "op":
             y_NCHW: Tensor = part(present[0])
             return y_NCHW
-        return self._edge(place, part, present[0], gates, skip_dropout)
+        return self._edge(step, part, present[0], gates, skip_dropout)
 
     def _edge(
-        self, place: CellStep, part: Any, x_NCHW: Tensor, gates: Listed, skip_dropout: float
+        self, step: CellStep, part: Any, x_NCHW: Tensor, gates: Listed, skip_dropout: float
     ) -> Tensor | None:
         """The gated sum of an edge's options; None if there is nothing to add."""
-        kept = _kept(place, gates)
-        options = _weighted_options(place, gates)
+        kept = _kept(step, gates)
+        options = _weighted_options(step, gates)
         if is_number(kept, 0.0) or not options:
             return None
 
@@ -224,33 +225,33 @@ class CellSupernet(Supernet):
         return F.dropout(x_NCHW, skip_dropout, self.training)
 
     def arch(self, picks: Mapping[str, Option]) -> Architecture:
-        """The network of ``picks`` at the depth and width of the proxy, with the search's
-        BN behind pooling.
+        """The network of ``picks`` at the depth and width of the proxy, with the
+        search's BN after pooling.
         """
-        return self.proxy.network(picks, self.places)
+        return self.proxy.network(picks, self.steps)
 
     def extract(self, picks: Mapping[str, Option]) -> ClassificationNetwork:
         """A standalone network with copies of the weights that ``picks`` use. Its BN
         statistics are not estimated yet.
         """
         network = ClassificationNetwork(self.arch(picks)).to(next(self.parameters()))
-        _, origins = self.proxy.walk(picks, self.places)
+        _, origins = self.proxy.walk(picks, self.steps)
         with torch.no_grad():
             for block, origin in zip(network.blocks, origins, strict=True):
-                shared = self._shared(origin.place, origin.option)
+                shared = self._shared(origin.step, origin.option)
                 tensors = block.state_dict()
                 for name, tensor in shared.state_dict().items():
                     tensors[name].copy_(tensor)
         return network
 
     def _shared(self, position: int, option: str) -> nn.Module:
-        """The module of an option of a place, or of a place without options."""
+        """The module of an option of a step, or of a step without options."""
         part: Any = self.parts[position]
         module: nn.Module = part[option] if option else part
         return module
 
     def angle_parts(self, picks: Mapping[str, Option]) -> list[tuple[Hashable, int]]:
-        """Pairs (position of a place, option that runs there), as in Hu et al. (arXiv
+        """Pairs (position of a step, option that runs there), as in Hu et al. (arXiv
         2004.13431) for cells.
 
         Weights are collected along every path from an input of a cell to its output, so
@@ -260,25 +261,25 @@ class CellSupernet(Supernet):
         """
         parts: list[tuple[Hashable, int]] = []
         paths = self.space.paths(picks)
-        for position, place in enumerate(self.places):
-            if place.kind == "op":
+        for position, step in enumerate(self.steps):
+            if step.kind == "op":
                 parts.append(((position, ""), 1))
-            elif place.kind == "edge" and paths[place.key]:
-                option = str(picks.get(place.key, place.options[0]))
-                if place.ops[place.options.index(option)] is not None:
-                    parts.append(((position, option), paths[place.key]))
+            elif step.kind == "edge" and paths[step.key]:
+                option = str(picks.get(step.key, step.options[0]))
+                if step.ops[step.options.index(option)] is not None:
+                    parts.append(((position, option), paths[step.key]))
         return parts
 
     def angle_weights(self, part: Hashable) -> list[Tensor]:
-        """The convolutions of an option. For pooling, one kernel of 1 / k^2 per channel,
-        the same before and after training.
+        """The convolutions of an option. For pooling, one kernel of 1 / k^2 per
+        channel, the same before and after training.
 
         The fixed parts of NAS-Bench-201's skeleton give all their parameters, those of
         DARTS's their convolutions and the classifier.
         """
         position, option = cast(tuple[int, str], part)
-        place = self.places[position]
-        op = place.ops[place.options.index(option)] if option else None
+        step = self.steps[position]
+        op = step.ops[step.options.index(option)] if option else None
         if isinstance(op, Pool):
             shape = (op.in_ch, op.kernel, op.kernel)
             return [next(self.parameters()).new_full(shape, 1 / op.kernel**2)]
@@ -415,31 +416,35 @@ def with_values(gates: Gates) -> Listed:
     return {key: (gate, gate.tolist()) for key, gate in gates.items()}
 
 
-def _kept(place: CellStep, gates: Listed) -> Any:
-    """The weight with which a node keeps an edge: the sum over the pairs that contain it."""
-    if not place.kept:
+def _kept(step: CellStep, gates: Listed) -> Any:
+    """The weight with which a node keeps an edge: the sum over the pairs that contain
+    it.
+    """
+    if not step.kept:
         return 1.0
-    if place.keep_key not in gates:
-        return float(place.kept[0])
+    if step.keep_key not in gates:
+        return float(step.kept[0])
 
-    gate, values = gates[place.keep_key]
-    containing = [i for i, kept in enumerate(place.kept) if kept]
+    gate, values = gates[step.keep_key]
+    containing = [i for i, kept in enumerate(step.kept) if kept]
     if not any(values[i] for i in containing):
         return 0.0
     weights = option_weights(gate, values)
     return sum(weights[i] for i in containing)
 
 
-def _weighted_options(place: CellStep, gates: Listed) -> list[Weighted]:
-    """The options of an edge with nonzero weights, except ``none``, which adds nothing."""
-    if place.key not in gates:
-        assert len(place.options) == 1, f"no gate for {place.key}"
-        return [(option, 1.0) for option in place.options if option != NONE]
+def _weighted_options(step: CellStep, gates: Listed) -> list[Weighted]:
+    """The options of an edge with nonzero weights, except ``none``, which
+    adds nothing.
+    """
+    if step.key not in gates:
+        assert len(step.options) == 1, f"no gate for {step.key}"
+        return [(option, 1.0) for option in step.options if option != NONE]
 
-    gate, values = gates[place.key]
+    gate, values = gates[step.key]
     weights = option_weights(gate, values)
     options: list[Weighted] = []
-    for i, option in enumerate(place.options):
+    for i, option in enumerate(step.options):
         if values[i] != 0.0 and option != NONE:
             options.append((option, weights[i]))
     return options

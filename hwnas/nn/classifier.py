@@ -19,7 +19,8 @@ class ClassificationNetwork(nn.Module):
 
     Example:
         >>> from hwnas.core.spaces import published
-        >>> ClassificationNetwork(published("mobilenet_v2", resolution=64)).eval()(torch.zeros(1, 3, 64, 64)).shape
+        >>> arch = published("mobilenet_v2", resolution=64)
+        >>> ClassificationNetwork(arch).eval()(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 1000])
     """
 
@@ -36,8 +37,8 @@ class ClassificationNetwork(nn.Module):
             initialise(self, generator)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of weights without weight decay (timm's convention): the classifier's, as
-        in TuNAS's code.
+        """Names of weights without weight decay (timm's convention): the classifier's,
+        as in TuNAS's code.
         """
         return {f"blocks.{len(self.blocks) - 1}.linear.weight"}
 

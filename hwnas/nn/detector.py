@@ -1,4 +1,6 @@
-"""Detection networks in torch: backbone, extras and heads of an architecture with a detector."""
+"""Detection networks in torch: backbone, extras and heads of an architecture with a
+detector.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class DetectionNetwork(nn.Module):
 
     Example:
         >>> from hwnas.core.published import published
-        >>> network = DetectionNetwork(published("ssdlite320_mobilenet_v3_large")).eval()
+        >>> arch = published("ssdlite320_mobilenet_v3_large")
+        >>> network = DetectionNetwork(arch).eval()
         >>> [tuple(output.shape) for output in network(torch.zeros(1, 3, 320, 320))]
         [(1, 3234, 91), (1, 3234, 4)]
     """
@@ -81,8 +84,11 @@ def predictions(heads: nn.ModuleList, maps: list[Tensor], classes: int) -> Outpu
 
 
 def predictions_of(outputs: Sequence[tuple[Tensor, ...]], classes: int) -> Outputs:
-    """The heads' outputs (class logits and box codes of each map) with one row per anchor."""
-    logits_rows, codes_rows = [], []
+    """The heads' outputs (class logits and box codes of each map) with one row per
+    anchor.
+    """
+    logits_rows = []
+    codes_rows = []
     for logits, codes in outputs:
         logits_rows.append(_rows(logits, classes + 1))
         codes_rows.append(_rows(codes, CODE_SIZE))

@@ -13,7 +13,8 @@ Yu, Ranftl, Salzmann, "How to Train Your Super-Net" (arXiv 2003.04276; arXiv
   kernel size, as in TuNAS; or ``ofa``, the centre of the one largest kernel, with one
   BN; ``ofa_transform`` multiplies each smaller centre by a learned matrix, which starts
   as the identity.
-- ``bn_affine``, ``bn_track`` (BN setting) and ``wsbn`` (one BN per producer of the input).
+- ``bn_affine``, ``bn_track`` (BN setting) and ``wsbn`` (one BN per producer of the
+  input).
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class ElasticChannels(nn.Module):
 
 
 class ElasticConv(nn.Module):
-    """A convolution and its BN, allocated for the widest node and run as any narrower one.
+    """A convolution and its BN, allocated for the widest node and run as any narrower
+    one.
 
     The weight is [max_out, max_in / groups, k, k] with the largest k; depthwise layers
     have one input channel per group. There are ``norms`` BNs, of which ``forward`` uses
@@ -126,7 +128,8 @@ class ElasticConv(nn.Module):
         norms: int = 1,
     ) -> None:
         super().__init__()
-        self.sharing, self.widest = sharing, widest
+        self.sharing = sharing
+        self.widest = widest
         self.conv = nn.Conv2d(
             widest.in_ch, widest.out_ch, max(kernels), groups=widest.groups, bias=widest.bias
         )
@@ -173,8 +176,8 @@ class ElasticConv(nn.Module):
         return weights
 
     def _kernel(self, kernel: int) -> Tensor:
-        """The weights of a kernel size: the whole kernel or its centre. With transforms,
-        the kernel shrinks size by size, and each centre is transformed.
+        """The weights of a kernel size: the whole kernel or its centre. With
+        transforms, the kernel shrinks size by size, and each centre is transformed.
         """
         weight: Tensor = self.conv.weight
         if kernel == weight.shape[-1]:

@@ -3,7 +3,7 @@ space.
 
 They differ between architectures only in their input channels: a layer that reads a
 tapped stage is allocated for the stage's greatest width and narrowed as described in
-``elastic``. In a mixture over widths, channels arrive weighted; as behind a ``ds``
+``elastic``. In a mixture over widths, channels arrive weighted; as after a ``ds``
 block, the BN of a predictor's depthwise convolution scales them up again. Predictors do
 not see widths that are only probed.
 """
@@ -84,7 +84,8 @@ class ElasticDetector(ElasticHead):
         del config
         super().__init__()
         assert space.detector is not None, f"{space.name} has no detector"
-        self.classes, self.scores = space.classes, space.detector.scores
+        self.classes = space.classes
+        self.scores = space.detector.scores
         # later slots of a stage overwrite earlier ones: detectors tap a stage's last slot
         last_slot = {slot.stage: position for position, slot in enumerate(space.slots)}
         self.tapped = frozenset(last_slot[tap] for tap in space.detector.taps)
@@ -152,7 +153,7 @@ class ElasticDetector(ElasticHead):
 
     def angle_weights(self, width: int) -> list[Tensor]:
         """Never called: studies have no detectors."""
-        raise AssertionError(f"there is no angle of a detector behind {width} channels")
+        raise AssertionError(f"there is no angle of a detector after {width} channels")
 
 
 def copy_into(block: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -23,7 +23,8 @@ from hwnas.nn.elastic import Sharing
 from hwnas.nn.slot import Width
 
 Maps = Sequence[tuple[Tensor, Width]]
-"""The feature maps [N, C, size, size] behind the ``tapped`` slots, with their widths."""
+"""The feature maps [N, C, size, size] after the ``tapped`` slots, with their widths.
+"""
 
 
 class ElasticHead(nn.Module, ABC):
@@ -72,8 +73,8 @@ class ElasticHead(nn.Module, ABC):
 
 
 class ElasticClassifier(nn.Linear, ElasticHead):
-    """Pooling, dropout and a linear layer, of which narrower architectures use the first
-    columns.
+    """Pooling, dropout and a linear layer, of which narrower architectures use the
+    first columns.
     """
 
     NAME = "classifier"

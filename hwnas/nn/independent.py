@@ -42,10 +42,13 @@ class IndependentNetworks(GatedNetworks):
         for picks in members:
             self.members.append(_indices(space, picks))
             self.networks.append(network_of(space.decode(picks), generator=generator))
-        self.fraction, self.tracking = 0.0, True
+        self.fraction = 0.0
+        self.tracking = True
 
     def no_weight_decay(self) -> set[str]:
-        """Names of weights without weight decay (timm's convention): the classifiers'."""
+        """Names of weights without weight decay (timm's convention): the
+        classifiers'.
+        """
         names: set[str] = set()
         for i, network in enumerate(self._networks()):
             names |= {f"networks.{i}.{name}" for name in network.no_weight_decay()}

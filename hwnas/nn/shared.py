@@ -1,4 +1,5 @@
-"""Base classes of what a search trains: the architectures of a space, selected by gates.
+"""Base classes of what a search trains: the architectures of a space, selected by
+gates.
 
 ``GatedNetworks`` is the common interface, with or without weight sharing: run under
 gates, and extract one of the architectures as a standalone network. ``Supernet`` is the
@@ -26,7 +27,9 @@ from hwnas.nn.network import Network
 from hwnas.nn.transfer import Transferred
 
 Gates = Mapping[str, Any]
-"""Choice key -> weight vector [options], numpy or torch. Options at zero are not executed."""
+"""Choice key -> weight vector [options], numpy or torch. Options at zero are not
+executed.
+"""
 
 Probes = Mapping[str, Sequence[int]]
 """Choice key -> positions of options with weight zero that need a gradient anyway."""
@@ -45,8 +48,8 @@ class GatedNetworks(nn.Module, ABC):
     shares: ClassVar[bool]
     space: SearchSpace
     proxy: SearchSpace
-    """The space that is trained. It has the same choices, but may be narrower, shallower
-    or smaller if the configuration asks for it.
+    """The space that is trained. It has the same choices, but may be narrower,
+    shallower or smaller if the configuration asks for it.
     """
     config: SupernetConfig
     fraction: float
@@ -62,8 +65,8 @@ class GatedNetworks(nn.Module, ABC):
 
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
-        """Names of weights without weight decay (timm's convention): the classifier's, as
-        in TuNAS's code.
+        """Names of weights without weight decay (timm's convention): the classifier's,
+        as in TuNAS's code.
         """
 
     @abstractmethod
@@ -128,8 +131,8 @@ class Supernet(GatedNetworks):
     @classmethod
     @abstractmethod
     def check(cls, space: Any, config: SupernetConfig) -> None:
-        """Raise ConfigError if a super-net of ``space`` cannot be built with ``config``.
-        Does not build one.
+        """Raise ConfigError if a super-net of ``space`` cannot be built with
+        ``config``. Does not build one.
         """
 
     @classmethod

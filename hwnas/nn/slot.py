@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ from hwnas.nn.elastic import Sharing, elastic
 from hwnas.nn.gates import differentiable, is_number, option_weights, weighted
 
 _NODES_WITH_OWN_1X1 = ("depthwise", "conv")
-"""Names of the nodes whose 1x1 kernel also has its own weights if ``Sharing.kernels`` is
-``own``. In all other nodes, only kernels larger than 1 have their own weights.
+"""Names of the nodes whose 1x1 kernel also has its own weights if ``Sharing.kernels``
+is ``own``. In all other nodes, only kernels larger than 1 have their own weights.
 """
 
 
@@ -48,10 +47,10 @@ _NODES_WITH_OWN_1X1 = ("depthwise", "conv")
 class Width:
     """The output width of a stage when several widths may run at once.
 
-    ``active`` is the widest width with a nonzero weight. ``computed`` is the widest that
-    is computed at all, which includes the widths that are only probed. ``mask_C`` has
-    one value for each of the first ``computed`` channels: the total weight of the widths
-    that contain the channel. None means that all are 1.
+    ``active`` is the widest width with a nonzero weight. ``computed`` is the widest
+    that is computed at all, which includes the widths that are only probed. ``mask_C``
+    has one value for each of the first ``computed`` channels: the total weight of the
+    widths that contain the channel. None means that all are 1.
     """
 
     active: int
@@ -65,8 +64,8 @@ class SlotGates:
 
     ``executed`` are the options with nonzero weights, as (option, weight). ``probed``
     are options with weight zero whose gates get a gradient anyway, as (position in
-    ``slot.options``, option). ``vector`` is the whole gate vector [options]; None if the
-    slot has a single option.
+    ``slot.options``, option). ``vector`` is the whole gate vector [options]; None if
+    the slot has a single option.
     """
 
     executed: tuple[tuple[str, Any], ...]
@@ -114,6 +113,23 @@ class _Branch:
     program: Program
     residual: bool
     group_key: Hashable
+
+
+class _FirstCallTracks:
+    """Runs a group for ``checkpoint``, which calls it once in the forward pass and
+    again in the backward pass. Only the first call may update the running statistics of
+    BN.
+    """
+
+    def __init__(self, slot: ElasticSlot, members: list[_Member], run: RunOptions) -> None:
+        self.slot = slot
+        self.members = members
+        self.run = run
+
+    def __call__(self, x_NCHW: Tensor) -> Tensor:
+        run = self.run
+        self.run = replace(run, tracks=False)
+        return self.slot.group(x_NCHW, self.members, run)
 
 
 class ElasticSlot(nn.Module):
@@ -192,8 +208,8 @@ class ElasticSlot(nn.Module):
         out: Width,
         run: RunOptions = RunOptions(),
     ) -> Tensor:
-        """The sum of the slot's options, weighted by their gates: [N, into.computed, H, W]
-        -> [N, out.computed, H', W'].
+        """The sum of the slot's options, weighted by their gates: [N, into.computed, H,
+        W] -> [N, out.computed, H', W'].
         """
         groups: dict[Hashable, list[_Member]] = {}
         # total weight of the options that add their input to their output
@@ -241,10 +257,10 @@ class ElasticSlot(nn.Module):
         """What an option computes at the active widths, stretched to the computed
         widths; None for skip.
 
-        The input side is not stretched if a grouped convolution reads it: channels would
-        move to other groups, and after a depthwise one, BN would give channels that are
-        all zero a nonzero value. Nor is the output side if a grouped convolution writes
-        it. The extra channels are ignored there.
+        The input side is not stretched if a grouped convolution reads it: channels
+        would move to other groups, and after a depthwise one, BN would give channels
+        that are all zero a nonzero value. Nor is the output side if a grouped
+        convolution writes it. The extra channels are ignored there.
         """
         key = (option, into.active, into.computed, out.active, out.computed)
         if key not in self._branches:
@@ -273,23 +289,20 @@ class ElasticSlot(nn.Module):
         computed again in the backward pass.
         """
         if not run.remat or not self.training:
-            return self._group(x_NCHW, members, run)
+            return self.group(x_NCHW, members, run)
 
-        # checkpoint calls the lambda once in the forward pass and again in the backward
-        # pass; only the first call may update the running statistics of BN
-        run_of_each_call = chain([run], repeat(replace(run, tracks=False)))
         # Only random channels draw random numbers in here. Otherwise the generator's state
         # is not saved, because reading it waits for the GPU.
         draws_channels = self.sharing.channels in ("chunk", "random")
         gated: Tensor = checkpoint(
-            lambda x: self._group(x, members, next(run_of_each_call)),
+            _FirstCallTracks(self, members, run),
             x_NCHW,
             use_reentrant=False,
             preserve_rng_state=draws_channels,
         )
         return gated
 
-    def _group(self, x_NCHW: Tensor, members: list[_Member], run: RunOptions) -> Tensor:
+    def group(self, x_NCHW: Tensor, members: list[_Member], run: RunOptions) -> Tensor:
         """The output of options that differ only in their kernels, times the sum of
         their weights. Nodes whose kernels differ run once per option and their outputs
         are averaged; all other nodes run once.
@@ -367,11 +380,11 @@ class _Probed(torch.autograd.Function):
     gradient in the backward pass.
 
     This gradient is the derivative of the loss with respect to the gate, where the
-    slot's output is the sum of its options' outputs times their gates: the inner product
-    of the option's output and the gradient of the slot's output. A probed option runs
-    only in the backward pass and without a graph, so it costs time but no memory
-    (ProxylessNAS's ``full_v2``). Options that share a projection (``collapsed``) are
-    probed as if each had its own.
+    slot's output is the sum of its options' outputs times their gates: the inner
+    product of the option's output and the gradient of the slot's output. A probed
+    option runs only in the backward pass and without a graph, so it costs time but no
+    memory (ProxylessNAS's ``full_v2``). Options that share a projection (``collapsed``)
+    are probed as if each had its own.
     """
 
     @staticmethod

@@ -104,9 +104,9 @@ class PostProcessor(nn.Module):
     (torchvision's; see ``PostProcessing``).
 
     Example:
-        >>> arch = published("ssdlite320_mobilenet_v3_large")                  # doctest: +SKIP
-        >>> outputs = DetectionNetwork(arch).eval()(images)                    # doctest: +SKIP
-        >>> detections = PostProcessor(arch)(outputs)                          # doctest: +SKIP
+        >>> arch = published("ssdlite320_mobilenet_v3_large")  # doctest: +SKIP
+        >>> outputs = DetectionNetwork(arch).eval()(images)  # doctest: +SKIP
+        >>> detections = PostProcessor(arch)(outputs)  # doctest: +SKIP
     """
 
     def __init__(self, arch: Architecture, config: PostProcessing | None = None) -> None:

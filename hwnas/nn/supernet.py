@@ -87,8 +87,9 @@ class MacroSupernet(Supernet):
     """All architectures of a macro space in one module.
 
     Example:
-        >>> supernet = MacroSupernet(space, torch.Generator().manual_seed(0))      # doctest: +SKIP
-        >>> logits = supernet(images, one_hot(picks, space))            # doctest: +SKIP
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> supernet = MacroSupernet(space, generator)  # doctest: +SKIP
+        >>> logits = supernet(images, one_hot(picks, space))  # doctest: +SKIP
     """
 
     space: MacroSpace
@@ -121,7 +122,9 @@ class MacroSupernet(Supernet):
 
     @classmethod
     def check(cls, space: MacroSpace, config: SupernetConfig) -> None:
-        """Raise ConfigError if a super-net of ``space`` cannot be built with ``config``."""
+        """Raise ConfigError if a super-net of ``space`` cannot be built with
+        ``config``.
+        """
         _proxy(space, config)
         _check_one_resolution(space, config)
         check_proxy_resolution(space, config)
@@ -144,8 +147,8 @@ class MacroSupernet(Supernet):
         return cast(ElasticHead, self.get_submodule(HEADS[self.space.task].NAME))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of weights without weight decay (timm's convention): the classifier's, as
-        in TuNAS's code.
+        """Names of weights without weight decay (timm's convention): the classifier's,
+        as in TuNAS's code.
         """
         return {f"{self.head.NAME}.{name}" for name in self.head.no_weight_decay()}
 
@@ -157,7 +160,9 @@ class MacroSupernet(Supernet):
 
         The module's docstring describes mixtures.
         """
-        head, maps, probes = self.head, [], probes or {}
+        head = self.head
+        maps = []
+        probes = probes or {}
         x_NCHW = resized(x_NCHW, self.proxy_resolution() or _resolution(self.space, gates))
         width = Width(self.proxy.in_channels, self.proxy.in_channels)
         producer = IMAGE
@@ -257,7 +262,9 @@ class MacroSupernet(Supernet):
         return parts
 
     def angle_weights(self, part: Hashable) -> list[Tensor]:
-        """The convolutions of a slot, or the classifier's weights; no BN and no biases."""
+        """The convolutions of a slot, or the classifier's weights; no BN
+        and no biases.
+        """
         if isinstance(part, int):
             return self.head.angle_weights(part)
         position, option, op, source = cast(PathStep, part)
@@ -364,7 +371,8 @@ def make_supernet(
     config: SupernetConfig | None = None,
     growth: Sequence[int] = (),
 ) -> Supernet:
-    """Build the super-net for this kind of space, drawing its weights from ``generator``.
+    """Build the super-net for this kind of space, drawing its weights from
+    ``generator``.
 
     ``growth`` has the cells per stage of each super-net in a growing series; if it is
     empty, the super-net does not grow.
@@ -377,8 +385,8 @@ def make_supernet(
 
 
 def check_supernet(space: SearchSpace, config: SupernetConfig) -> None:
-    """Raise ConfigError if a super-net of ``space`` cannot be built with ``config``. Does
-    not build one.
+    """Raise ConfigError if a super-net of ``space`` cannot be built with ``config``.
+    Does not build one.
     """
     kind = SUPERNETS.get(type(space))
     if kind is not None:
@@ -461,7 +469,9 @@ def _resolution(space: MacroSpace, gates: Gates) -> int | None:
 
 
 def _width(slot: Slot, gates: Gates, probes: Probes, x_NCHW: Tensor) -> Width:
-    """A stage's width under gates. The mask has the device and the dtype of ``x_NCHW``."""
+    """A stage's width under gates. The mask has the device and the dtype of
+    ``x_NCHW``.
+    """
     gate = gates.get(slot.out_key)
     if gate is None:
         assert len(slot.out_widths) == 1, f"no gate for {slot.out_key}"

@@ -6,8 +6,10 @@ Liu, Simonyan, Yang: "DARTS: Differentiable Architecture Search" (ICLR 2019, arX
 weights w, gates g and the virtual step's learning rate xi:
 
     w' = w - xi * (momentum * buffer + grad_w L_train(w, g) + weight_decay * w)
-    v  = grad_w' L_val(w', g)                   eps = 0.01 / ||v||_2               w+- = w +- eps * v
-    d/dg L_val(w'(g), g) ~ grad_g L_val(w', g) - xi * [grad_g L_train(w+, g) - grad_g L_train(w-, g)] / (2 eps)
+    v  = grad_w' L_val(w', g)        eps = 0.01 / ||v||_2        w+- = w +- eps * v
+    d/dg L_val(w'(g), g) ~ grad_g L_val(w', g)
+                           - xi * [grad_g L_train(w+, g) - grad_g L_train(w-, g)] / (2
+                             eps)
 
 The bracket is a finite difference for (d2 L_train / dg dw) v, so no Hessian is ever
 formed. It takes four forward and backward passes; the first order (xi = 0) needs one.
@@ -27,6 +29,7 @@ The difference is exact if L_train is quadratic in w.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -41,55 +44,74 @@ RADIUS = 0.01
 """Length ||eps * v|| of the finite difference's step, as in the paper."""
 
 
+@dataclass(frozen=True)
+class SGDStep:
+    """The virtual step of SGD. ``momentum_buffers`` has one entry per weight (None: no
+    buffer yet), and so has ``weight_decay`` if it is a sequence.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    momentum_buffers: Sequence[Tensor | None] | None = None
+    weight_decay: float | Sequence[float] = 0.0
+
+    def direction(
+        self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The direction in which the step moves against every weight; None for weights
+        without a gradient, which do not move.
+        """
+        buffers = self.momentum_buffers
+        if buffers is None:
+            buffers = [None] * len(weights)
+        decays = self.weight_decay
+        if isinstance(decays, int | float):
+            decays = [decays] * len(weights)
+
+        directions: list[Tensor | None] = []
+        for gradient, w, buffer, decay in zip(gradients, weights, buffers, decays, strict=True):
+            if gradient is None:
+                directions.append(None)
+                continue
+            velocity = self.momentum * buffer if buffer is not None else 0.0
+            directions.append(gradient + decay * w + velocity)
+        return directions
+
+
 def unrolled_gate_gradients(
     train_loss: Loss,
     held_out_loss: Loss,
     weights: Sequence[nn.Parameter],
     gates: Mapping[str, Tensor],
-    *,
-    lr: float,
-    momentum_buffers: Sequence[Tensor | None] | None = None,
-    momentum: float = 0.0,
-    weight_decay: float | Sequence[float] = 0.0,
+    step: SGDStep,
 ) -> tuple[float, dict[str, Tensor]]:
     """The held-out loss at w', and its gradient with respect to every gate ([options],
-    like the gate) through the virtual step.
+    like the gate) through the virtual ``step``.
 
-    ``momentum_buffers`` has one entry per weight, and so has ``weight_decay`` if it is
-    a sequence. Weights that a loss does not depend on (options that are not executed)
+    Weights that a loss does not depend on (options that are not executed)
     do not move: no decay, no momentum. The weights are changed in place and restored
     bit for bit, even after an exception; their ``grad`` is not changed.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([2.0]))
+        >>> gates = {"a": torch.tensor([1.0])}
         >>> loss, by_gate = unrolled_gate_gradients(
-        ...     lambda g: (g["a"] * w).sum(), lambda g: (w**2).sum(), [w], {"a": torch.tensor([1.0])}, lr=0.5
+        ...     lambda g: (g["a"] * w).sum(),
+        ...     lambda g: (w**2).sum(),
+        ...     [w],
+        ...     gates,
+        ...     SGDStep(lr=0.5),
         ... )
-        >>> loss, round(by_gate["a"].item(), 3)    # w' = 2 - 0.5 * 1; d/da (2 - 0.5 a)^2 = -1.5
+        >>> # w' = 2 - 0.5 * 1; d/da (2 - 0.5 a)^2 = -1.5
+        >>> loss, round(by_gate["a"].item(), 3)
         (2.25, -1.5)
     """
     leaves = {key: gate.detach().requires_grad_() for key, gate in gates.items()}
     original = [weight.detach().clone() for weight in weights]
-    buffers = momentum_buffers
-    if buffers is None:
-        buffers = [None] * len(weights)
-    decays = weight_decay
-    if isinstance(decays, int | float):
-        decays = [decays] * len(weights)
-
     try:
         # the virtual step to w'
         _, train_gradients, _ = _gradients(train_loss(leaves), weights, leaves)
-        steps: list[Tensor | None] = []
-        for gradient, w, buffer, decay in zip(
-            train_gradients, original, buffers, decays, strict=True
-        ):
-            if gradient is None:
-                steps.append(None)
-                continue
-            velocity = momentum * buffer if buffer is not None else 0.0
-            steps.append(gradient + decay * w + velocity)
-        _move(weights, original, steps, -lr)
+        _move(weights, original, step.direction(train_gradients, original), -step.lr)
 
         value, direction, by_gate = _gradients(held_out_loss(leaves), weights, leaves)
         norm = nn.utils.get_total_norm([v for v in direction if v is not None]).item()
@@ -108,7 +130,7 @@ def unrolled_gate_gradients(
 
     corrected: dict[str, Tensor] = {}
     for key in leaves:
-        corrected[key] = by_gate[key] - lr * (above[key] - below[key]) / (2 * eps)
+        corrected[key] = by_gate[key] - step.lr * (above[key] - below[key]) / (2 * eps)
     return value, corrected
 
 

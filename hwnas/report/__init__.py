@@ -1,1 +1,1 @@
-"""The report: one self-contained HTML file of what a run folder holds."""
+"""The report: one self-contained HTML file of what a run folder contains."""

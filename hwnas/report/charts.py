@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hwnas.core.metric import OF_LOSS, shown
 from hwnas.core.ops import Op, kinds
-from hwnas.core.table import Entry, HeldOut
+from hwnas.core.table import Entry, HeldOutErrors
 from hwnas.report.documents import Rows
 from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
 from hwnas.report.ticks import Ticks
@@ -52,6 +52,7 @@ def pareto(search: SearchResult) -> Markup:
 
         shown_candidates = (*search.candidates, *search.random, *search.random_anywhere)
         all_costs = [candidate.predicted / unit.scale for candidate in shown_candidates]
+        # the band of the budget stays visible even if no architecture is inside it
         left = min(*all_costs, low)
         right = max(*all_costs, high)
         axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
@@ -113,7 +114,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Marks:
-    """Lines in a course beside its curves: the budget ``target`` with its relative
+    """Lines in a plot next to its curves: the budget ``target`` with its relative
     ``tolerance``, and the step ``start`` at which the method itself began to learn.
     """
 
@@ -125,7 +126,7 @@ class Marks:
 NO_MARKS = Marks()
 
 
-def course(
+def plot_curves(
     name: str,
     title: str,
     rows: Rows,
@@ -152,6 +153,7 @@ def course(
         low, high = _range_of(columns)
         low = min(low, marks.target or low)
         high = max(high, marks.target or high)
+        # the tiny constant gives a constant curve a range, which matplotlib requires
         axes.set_ylim(low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9)
         axes.set_xlim(0, max(1, int(rows[-1]["step"])))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -174,6 +176,7 @@ def _draw_marks(axes: Axes, marks: Marks) -> None:
     if marks.target is not None:
         low = marks.target * (1 - marks.tolerance)
         high = marks.target * (1 + marks.tolerance)
+        # behind the curves, so that they stay readable inside the band
         axes.axhspan(low, high, color=LIGHT["band"], lw=0, zorder=0)
         axes.axhline(marks.target, color=LIGHT["orange"], lw=1.2, zorder=1, label="budget")
     if marks.start is not None:
@@ -201,18 +204,21 @@ def _range_of(columns: Sequence[tuple[Series, np.ndarray, np.ndarray]]) -> tuple
     lows = []
     highs = []
     for series, _, values in columns:
-        low, high = np.percentile(values, [0, 100] if series.exact else [0.2, 99.8])
+        # 0.2 % cuts off a spike or two per thousand steps, and nothing that lasts (ours)
+        limits = [0.0, 100.0] if series.exact else [0.2, 99.8]
+        low, high = np.percentile(values, limits)
         lows.append(low)
         highs.append(high)
     return min(lows), max(highs)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a thirtieth of the values; the window is cut off
-    at both ends.
+    """Centred moving average over about a thirtieth of the values; the window is cut
+    off at both ends.
     """
     width = max(1, len(values) // 30) | 1  # odd, so that the window is centred
     window = np.ones(min(len(values), width))
+    # at the ends, fewer values are inside the window than it is wide
     counts = np.convolve(np.ones(len(values)), window, "same")
     average: np.ndarray = np.convolve(values, window, "same") / counts
     return average
@@ -237,6 +243,7 @@ def _envelope(
     """The smallest and the largest value of each bin: files of long runs stay small,
     and spikes stay visible.
     """
+    # each bin keeps two values, so fewer than this would not get smaller
     if len(steps) <= 2 * bins:
         return steps, values
     kept: set[int] = set()
@@ -246,8 +253,10 @@ def _envelope(
     return steps[order], values[order]
 
 
-def held_out(evaluated: HeldOut) -> Markup:
-    """Predicted against measured latency of networks that the calibration has not seen."""
+def held_out_errors(evaluated: HeldOutErrors) -> Markup:
+    """Predicted against measured latency of networks that the calibration
+    has not seen.
+    """
     predicted, measured = np.array(evaluated.pairs, dtype=float).reshape(-1, 2).T
     with canvas(HALF, 400) as figure:
         axes = figure.subplots()
@@ -292,6 +301,7 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
         op = Op.parse(key)
         groups[op.kind, op.size].append((op, entry))
     kind_order = kinds()
+    # from the input of a network to its output, as its blocks run
     order = sorted(groups, key=lambda group: (-group[1], kind_order.index(group[0])))
     values = [entry.ms for entry in table_entries.values()]
     noisy = sum(entry.noisy for entry in table_entries.values())
@@ -323,7 +333,7 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
             "entries",
             f"Dot plot of the latency of {len(values)} ops from {min(values):.3g} to"
             f" {max(values):.3g} ms, grouped by kind and input size; {noisy} are noisy. The table"
-            " below holds the numbers.",
+            " below contains the numbers.",
         )
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg
-from hwnas.study.documents import CompareStudy, Estimate, MethodResult, RandomSearch
+from hwnas.study.documents import CompareStudy, IntervalEstimate, MethodResult, RandomSearch
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def _cells(study: CompareStudy, method: MethodResult) -> tuple[tuple[str, str], 
         or method.cost is None
         or method.equal is None
     ):
+        # one dash per column of the table
         return tuple([("–", "")] * 7)
     accuracies = [row.accuracy for row in method.found]
     seconds = [row.cpu_seconds for row in method.found if row.cpu_seconds is not None]
@@ -83,6 +84,7 @@ def pairwise_rows(study: CompareStudy) -> list[PairwiseRow]:
         p = f"p = {pair.p_value:.3g}"
         assert pair.beats.value is not None
         cells[pair.first, pair.second] = f"{pair.beats.value:.2f}", p
+        # the study has every pair once; ties count half, so the reverse is 1 - p
         cells[pair.second, pair.first] = f"{1 - pair.beats.value:.2f}", p
     rows = []
     for name in names:
@@ -92,12 +94,13 @@ def pairwise_rows(study: CompareStudy) -> list[PairwiseRow]:
 
 
 def ranks(study: CompareStudy) -> Markup | None:
-    """True ranks by method: a dot for every seed, the median, and in the background what
-    random search finds at equal cost.
+    """True ranks by method: a dot for every seed, the median, and in the background
+    what random search finds at equal cost.
     """
     methods = [method for method in ordered(study) if method.found and method.equal is not None]
     if not methods:
         return None
+    # 42 pixels per row, and one more row for a single random architecture
     with canvas(FULL, 96 + 42 * (len(methods) + 1)) as figure:
         axes = figure.subplots()
         _random(study, study.random, len(methods), axes)
@@ -173,7 +176,7 @@ def _random(study: CompareStudy, random: RandomSearch, row: int, axes: Axes) -> 
     axes.plot([median] * 2, [row - 0.31, row + 0.31], color=LIGHT["shade"], lw=1.4, zorder=2)
 
 
-def _chance(estimate: Estimate) -> tuple[str, str]:
+def _chance(estimate: IntervalEstimate) -> tuple[str, str]:
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return "–", ""
     return f"{estimate.value:.2f}", f"{estimate.low:.2f} to {estimate.high:.2f}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hwnas.config import Experiment
-from hwnas.core.arch import Architecture, Placed
+from hwnas.core.arch import Architecture, Position
 from hwnas.core.cost import UNITS, Unit, latency_ms, missing_ops
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import LatencyTable
@@ -73,7 +73,7 @@ class RunDocuments:
 
     @property
     def only_study(self) -> bool:
-        """Whether the folder only holds studies, which do not produce a network."""
+        """Whether the folder only contains studies, which do not produce a network."""
         return self.study_verb is not None and not self.stages
 
     @property
@@ -112,8 +112,10 @@ class RunDocuments:
         return self.target if self.unit.name == "ms" else None
 
     @property
-    def counted(self) -> float | None:
-        """The cost of the found network if the budget is counted, as MACs or parameters are."""
+    def counted_cost(self) -> float | None:
+        """The cost of the found network if the budget is counted, as MACs or parameters
+        are.
+        """
         if self.search is None or self.unit.name == "ms":
             return None
         return self.search.candidates[0].predicted
@@ -131,11 +133,11 @@ class RunDocuments:
             return self.search.candidates[0].predicted
         return None
 
-    def places(self) -> tuple[Placed, ...]:
+    def positions(self) -> tuple[Position, ...]:
         """The architecture's blocks, from input to output, with the skipped slots of
         its space if its picks are known.
         """
-        return () if self.arch is None else self.space.placed(self.arch)
+        return () if self.arch is None else self.space.positions(self.arch)
 
 
 def sources() -> list[tuple[str, str]]:

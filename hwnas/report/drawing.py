@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.patches import Arc, Rectangle
 
-from hwnas.core.arch import Placed
+from hwnas.core.arch import Position
 from hwnas.core.ops import Op
 from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg, kernel_colour
@@ -21,41 +21,48 @@ from hwnas.report.style import LIGHT, canvas, inline_svg, kernel_colour
 GUTTER = 92
 """Width in CSS pixels of the row names."""
 ROWS = ("block", "kernel", "expansion", "stride", "output px")
-LEGEND, BARS, LABELS, COSTS = 26, 190, 112, 74
-"""Heights in CSS pixels of the parts of the drawing, top to bottom."""
+LEGEND = 26
+"""Height in CSS pixels of the legend, which is at the top."""
+BARS = 190
+"""Height in CSS pixels of the bars."""
+LABELS = 112
+"""Height in CSS pixels of the rows of settings below the bars."""
+COSTS = 74
+"""Height in CSS pixels of the row of costs at the bottom."""
 
 
-def architecture(places: Sequence[Placed], ms: Sequence[float | None]) -> Markup:
-    """One bar per slot: its height is the square root of the output channels, its colour
-    the kernel size; an arc is a residual connection.
+def architecture(positions: Sequence[Position], ms: Sequence[float | None]) -> Markup:
+    """One bar per slot: its height is the square root of the output channels, its
+    colour the kernel size; an arc is a residual connection.
 
-    ``ms`` holds the latency of each place (None: unknown or skipped). If all are None,
+    ``ms`` is the latency of each position (None: unknown or skipped). If all are None,
     the row of costs is left out.
     """
     has_costs = any(value is not None for value in ms)
-    pitch = min(56.0, max(34.0, (FULL - GUTTER) / len(places)))
-    width = GUTTER + pitch * len(places)
+    # as wide as the page, but never so narrow that the labels of two slots overlap
+    pitch = min(56.0, max(34.0, (FULL - GUTTER) / len(positions)))
+    width = GUTTER + pitch * len(positions)
     height = LEGEND + BARS + LABELS + (COSTS if has_costs else 0)
     with canvas(width, height, arranged=False) as figure:
 
         def panel(top: float, part: float) -> Axes:
             axes = figure.add_axes((0.0, 1 - (top + part) / height, 1.0, part / height))
-            axes.set_xlim(-0.5 - GUTTER / pitch, len(places) - 0.5)
+            axes.set_xlim(-0.5 - GUTTER / pitch, len(positions) - 0.5)
             axes.set_axis_off()
             return axes
 
-        _legend(panel(0, LEGEND), places, GUTTER / pitch, pitch)
-        _bars(panel(LEGEND, BARS), places)
-        _labels(panel(LEGEND + BARS, LABELS), places, GUTTER / pitch)
+        _legend(panel(0, LEGEND), positions, GUTTER / pitch, pitch)
+        _bars(panel(LEGEND, BARS), positions)
+        _labels(panel(LEGEND + BARS, LABELS), positions, GUTTER / pitch)
         if has_costs:
             _costs(panel(LEGEND + BARS + LABELS, COSTS), ms, GUTTER / pitch)
-        return inline_svg(figure, "architecture", describe(places))
+        return inline_svg(figure, "architecture", describe(positions))
 
 
-def describe(places: Sequence[Placed]) -> str:
+def describe(positions: Sequence[Position]) -> str:
     """A description of the drawing, for readers who cannot see it."""
-    kept = [place.op for place in places if place.op is not None]
-    skipped = len(places) - len(kept)
+    kept = [position.op for position in positions if position.op is not None]
+    skipped = len(positions) - len(kept)
     counts = Counter(op.kernel for op in kept if op.kernel > 1)
     kernels = ", ".join(f"{counts[kernel]} with kernel {kernel}" for kernel in sorted(counts))
     return (
@@ -65,11 +72,11 @@ def describe(places: Sequence[Placed]) -> str:
     )
 
 
-def _legend(axes: Axes, places: Sequence[Placed], gutter: float, pitch: float) -> None:
+def _legend(axes: Axes, positions: Sequence[Position], gutter: float, pitch: float) -> None:
     axes.set_ylim(0, 1)
     x = -0.42
     unit = 1 / pitch  # a CSS pixel in units of the x axis
-    for kernel in sorted({place.op.kernel for place in places if place.op is not None}):
+    for kernel in sorted({position.op.kernel for position in positions if position.op is not None}):
         axes.add_patch(
             Rectangle(
                 (x, 0.28),
@@ -114,13 +121,14 @@ def _legend(axes: Axes, places: Sequence[Placed], gutter: float, pitch: float) -
     axes.text(-gutter - 0.5, 0.5, "kernel", va="center", size=10.5, color=LIGHT["muted"])
 
 
-def _bars(axes: Axes, places: Sequence[Placed]) -> None:
-    # square roots, so that the first layers stay visible beside the last
-    heights = [place.channels**0.5 for place in places]
+def _bars(axes: Axes, positions: Sequence[Position]) -> None:
+    # square roots, so that the first layers stay visible next to the last
+    heights = [position.channels**0.5 for position in positions]
     top = max(heights)
+    # room above the highest bar for its number and the arc of its residual
     axes.set_ylim(0, 1.3 * top)
-    for x, (place, high) in enumerate(zip(places, heights, strict=True)):
-        if place.op is None:
+    for x, (position, high) in enumerate(zip(positions, heights, strict=True)):
+        if position.op is None:
             look: dict[str, Any] = {
                 "facecolor": "none",
                 "edgecolor": LIGHT["muted"],
@@ -135,13 +143,15 @@ def _bars(axes: Axes, places: Sequence[Placed]) -> None:
                 (x - 0.3, 0),
                 0.6,
                 high,
-                facecolor=kernel_colour(place.op.kernel),
+                facecolor=kernel_colour(position.op.kernel),
                 edgecolor=LIGHT["ink"],
                 lw=0.8,
             )
         )
-        axes.text(x, high + 0.025 * top, str(place.channels), ha="center", va="bottom", size=10.5)
-        if place.op.residual:
+        axes.text(
+            x, high + 0.025 * top, str(position.channels), ha="center", va="bottom", size=10.5
+        )
+        if position.op.residual:
             axes.add_patch(
                 Arc(
                     (x, high), 0.84, 0.32 * top, theta1=0, theta2=180, color=LIGHT["orange"], lw=1.4
@@ -153,15 +163,16 @@ def _bars(axes: Axes, places: Sequence[Placed]) -> None:
     )
 
 
-def _labels(axes: Axes, places: Sequence[Placed], gutter: float) -> None:
+def _labels(axes: Axes, positions: Sequence[Position], gutter: float) -> None:
+    # downwards, so that row 0 is at the top
     axes.set_ylim(len(ROWS) + 0.1, -0.1)
     for row, name in enumerate(ROWS):
         axes.text(-gutter - 0.5, row + 0.5, name, va="center", size=10.5, color=LIGHT["muted"])
-    for x, place in enumerate(places):
-        if place.op is None:
+    for x, position in enumerate(positions):
+        if position.op is None:
             axes.text(x, 0.5, "–", ha="center", va="center", size=10.5, color=LIGHT["muted"])
             continue
-        for row, text in enumerate(_words(place.op)):
+        for row, text in enumerate(_words(position.op)):
             axes.text(
                 x,
                 row + 0.5,
@@ -172,7 +183,7 @@ def _labels(axes: Axes, places: Sequence[Placed], gutter: float) -> None:
                 weight="bold" if text == "↓ 2" else "normal",
             )
     start = 0
-    for size, members in groupby(place.size for place in places):
+    for size, members in groupby(position.size for position in positions):
         end = start + len(list(members))
         axes.plot([start - 0.4, end - 0.6], [4.12, 4.12], color=LIGHT["muted"], lw=1)
         # below a single bar there is only room for one number

@@ -64,7 +64,7 @@ def describe(pictures: Sequence[Picture]) -> str:
 
 def _draw(axes: Axes, picture: Picture) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(picture.jpeg)))
-    # without interpolation, the SVG holds the image's own pixels
+    # without interpolation, the SVG contains the image's own pixels
     axes.imshow(pixels, interpolation="none")
     height, width = pixels.shape[:2]
     for boxes, colour, style in (

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from hwnas.report.charts import HALF
 from hwnas.report.style import LIGHT, canvas, inline_svg
-from hwnas.study.documents import METRICS, Estimate, RankStudy, ScoreResult, Spread
+from hwnas.study.documents import METRICS, IntervalEstimate, MeanStd, RankStudy, ScoreResult
 
 LABELS = {
     "accuracy": "recalibrated accuracy",
@@ -50,11 +50,12 @@ def scatters(study: RankStudy) -> list[tuple[str, Markup]]:
     """Every score against the accuracy of standalone training: (title, SVG), the best
     tau first; combinations of scores are left out.
     """
+    # a combination is a sum of ranks, which has no unit to draw
     single = [result for result in study.scores if result.name in LABELS]
     figures = []
     for result in sorted(single, key=lambda result: -_tau(result)):
         name = LABELS[result.name].partition(",")[0]
-        tau = _signed(result.spread["kendall"].mean)
+        tau = _signed(result.over_supernets["kendall"].mean)
         title = f"{name[0].upper()}{name[1:]}: τ {tau}"
         figures.append((title, _scatter(study, result)))
     return figures
@@ -90,7 +91,7 @@ def _scatter(study: RankStudy, result: ScoreResult) -> Markup:
             )
         axes.set_xlabel(axis_label)
         axes.set_ylabel("accuracy trained standalone, %")
-        mean_tau = result.spread["kendall"].mean
+        mean_tau = result.over_supernets["kendall"].mean
         tau = "undefined" if mean_tau is None else f"{mean_tau:.3f}"
         description = (
             f"Scatter plot of accuracy trained standalone over {label} of {len(x)} architectures:"
@@ -103,6 +104,7 @@ def _near(values_N: np.ndarray) -> np.ndarray:
     """The values that a figure shows: bool [N]. A few networks no better than chance
     would leave no room for all the others.
     """
+    # quantiles do not depend on the outliers themselves; the margin is our choice
     low, high = np.quantile(values_N, [0.1, 0.9])
     margin = 2 * (high - low)
     near: np.ndarray = (values_N >= low - margin) & (values_N <= high + margin)
@@ -111,19 +113,20 @@ def _near(values_N: np.ndarray) -> np.ndarray:
 
 def _tau(result: ScoreResult) -> float:
     """Kendall's tau, for sorting: undefined ones are the worst."""
-    mean = result.spread["kendall"].mean
+    mean = result.over_supernets["kendall"].mean
     return -2.0 if mean is None else mean
 
 
 def _cell(result: ScoreResult, metric: str) -> tuple[str, str]:
-    """A metric, and on the second line its spread over super-nets, or its interval if
-    there is one super-net.
+    """A metric, and on the second line its standard deviation over super-nets, or its
+    interval if there is one super-net.
     """
-    spread = result.spread.get(metric, Spread(mean=None, std=None))
-    if spread.std is not None:
-        return _shown(metric, spread.mean), f"± {_shown(metric, spread.std)}"
+    all_nets = result.over_supernets.get(metric, MeanStd(mean=None, std=None))
+    if all_nets.std is not None:
+        return _shown(metric, all_nets.mean), f"± {_shown(metric, all_nets.std)}"
 
-    estimate = Estimate(value=None)
+    # a metric may be undefined for a super-net: take the first that has it
+    estimate = IntervalEstimate(value=None)
     for supernet in result.supernets:
         if metric in supernet and supernet[metric].value is not None:
             estimate = supernet[metric]

@@ -131,7 +131,7 @@ def _arrows(parts: Iterable[str]) -> str:
     return " → ".join(parts)
 
 
-def course(study: ShrinkStudy) -> Markup | None:
+def plot_curves(study: ShrinkStudy) -> Markup | None:
     """Mean true accuracy of the remaining networks, and how much of the best tenth
     remains, over the drops. None without a ground truth.
     """

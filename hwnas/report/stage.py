@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hwnas import __version__
-from hwnas.core.arch import Placed
+from hwnas.core.arch import Position
 from hwnas.core.caution import Caution
 from hwnas.core.metric import shown
 from hwnas.core.ops import Op
@@ -45,7 +45,7 @@ __all__ = ["Report", "render", "run"]
 
 
 class Report(Stage):
-    """Draws what the run folder holds."""
+    """Draws what the run folder contains."""
 
     name = "report"
     result = "report.html"
@@ -60,6 +60,7 @@ class Report(Stage):
             if path.is_file():
                 hashes[f"{path.parent.name}/{path.name}"] = file_sha256(path)
         content = self.at.experiment.model_dump(mode="json", by_alias=True)
+        # the page shows the configuration, so any key makes it stale
         return {**hashes, "config": content_sha256(content)}
 
     def summary(self) -> str:
@@ -72,7 +73,7 @@ class Report(Stage):
 
 
 def run(ctx: StageContext, space: SearchSpace, table_path: Path) -> None:
-    """Write ``report.html`` from what the run folder holds."""
+    """Write ``report.html`` from what the run folder contains."""
     page = render(read(ctx, space, table_path))
     write_atomic(ctx.folder / "report.html", page.encode())
     ctx.progress.info(f"report: {ctx.folder / 'report.html'}")
@@ -83,7 +84,7 @@ def render(documents: RunDocuments) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelt name is an error, not an empty string
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -208,7 +209,7 @@ def trained_numbers(documents: RunDocuments) -> dict[str, float | None]:
 
 
 def failures(documents: RunDocuments) -> list[str]:
-    """Every broken promise in one sentence."""
+    """Every failed check in one sentence."""
     verdict = documents.verdict
     if verdict is None:
         return []
@@ -218,6 +219,7 @@ def failures(documents: RunDocuments) -> list[str]:
     for file in verdict.files:
         error = file.latency_error
         if file.latency_passed is False and error is not None and file.predicted_ms is not None:
+            # what was checked: the network's own time, corrected for the drift
             profiled_ms = (file.network_ms or file.measured_ms) / (verdict.drift or 1)
             sentences.append(
                 f"{file.name} takes {ms(profiled_ms)} ms at the profiled speed, {against(error)}"
@@ -240,8 +242,8 @@ def failures(documents: RunDocuments) -> list[str]:
 
 
 def notices(documents: RunDocuments) -> list[str]:
-    """What a reader must know before trusting the numbers: missing stages, and documents
-    that do not belong together.
+    """What a reader must know before trusting the numbers: missing stages, and
+    documents that do not belong together.
     """
     sentences = []
     missing = []
@@ -259,10 +261,13 @@ def notices(documents: RunDocuments) -> list[str]:
     table = documents.table
     bundle = documents.bundle
     arch = documents.arch
+    # stages can be run one by one, so a folder may mix documents of different runs
     if search is not None and table is not None and search.table_sha256 != table.sha256:
         sentences.append("The search used a different latency table from the one shown here.")
     if bundle is not None and arch is not None and bundle.architecture.sha256 != arch.sha256:
-        sentences.append("The exported files hold an earlier architecture than the one shown here.")
+        sentences.append(
+            "The exported files contain an earlier architecture than the one shown here."
+        )
     sentences += _notices_of_verdict(documents)
     if table is not None and table.calibration is None:
         sentences.append(
@@ -301,6 +306,7 @@ def cautions(documents: RunDocuments) -> list[Caution]:
         warnings += search.learning.cautions
     if train is not None and train.caution is not None:
         warnings.append(train.caution)
+    # a verdict repeats the warnings of the stages before it
     return list(dict.fromkeys(warnings))
 
 
@@ -331,7 +337,7 @@ class BlockRow:
     fraction of the sum over all blocks.
     """
 
-    place: Placed
+    position: Position
     op: Op
     ms: float | None
     share: float | None
@@ -342,22 +348,22 @@ def block_rows(documents: RunDocuments) -> list[BlockRow]:
     costs = block_costs(documents)
     total = sum(cost or 0.0 for cost in costs)
     rows = []
-    for place, cost in zip(documents.places(), costs, strict=True):
-        if place.op is None:
+    for position, cost in zip(documents.positions(), costs, strict=True):
+        if position.op is None:
             continue
         share = cost / total if cost is not None and total else None
-        rows.append(BlockRow(place, place.op, cost, share))
+        rows.append(BlockRow(position, position.op, cost, share))
     return rows
 
 
 def block_costs(documents: RunDocuments) -> list[float | None]:
-    """The latency of each place in ms; None if the slot is skipped or the table lacks
-    its op.
+    """The latency of each position in ms; None if the slot is skipped or the table
+    lacks its op.
     """
     entries = documents.table.entries if documents.table is not None else {}
     costs: list[float | None] = []
-    for place in documents.places():
-        entry = entries.get(place.op.key) if place.op is not None else None
+    for position in documents.positions():
+        entry = entries.get(position.op.key) if position.op is not None else None
         costs.append(entry.ms if entry is not None else None)
     return costs
 
@@ -371,11 +377,11 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
     study = documents.study
     comparison = documents.comparison
     shrunk = documents.shrinking
-    places = documents.places()
+    positions = documents.positions()
     start = _first_learning_step(documents.search_rows)
     architecture = None
-    if places:
-        architecture = drawing.architecture(places, block_costs(documents))
+    if positions:
+        architecture = drawing.architecture(positions, block_costs(documents))
     entries = None
     if table is not None and table.entries:
         entries = charts.entries(table.entries)
@@ -383,7 +389,7 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
     if table is not None and table.calibration is not None:
         evaluated = table.calibration.held_out
         if evaluated is not None and evaluated.pairs:
-            held_out = charts.held_out(evaluated)
+            held_out = charts.held_out_errors(evaluated)
     return {
         "architecture": architecture,
         "pareto": _if_present(search, charts.pareto),
@@ -394,7 +400,7 @@ def figures(documents: RunDocuments) -> dict[str, Any]:
         "held_out": held_out,
         "ranking": _if_present(study, ranking.scatters) or [],
         "comparing": _if_present(comparison, comparing.ranks),
-        "shrinking": _if_present(shrunk, shrinking.course),
+        "shrinking": _if_present(shrunk, shrinking.plot_curves),
         "entries": entries,
     }
 
@@ -404,7 +410,9 @@ def _detections(document: Pictures) -> Markup:
 
 
 def _first_learning_step(rows: Rows) -> int | None:
-    """The step at which the search began to learn more than weights; None if it never did."""
+    """The step at which the search began to learn more than weights; None if it never
+    did.
+    """
     for row in rows:
         if row.get("reward") is not None or row.get("held_out_loss") is not None:
             return int(row["step"])
@@ -430,25 +438,25 @@ def _search_curves(documents: RunDocuments, start: int | None) -> list[tuple[str
     entropy = [Series("entropy", "entropy", exact=True)]
     loss = [Series("loss", "loss")]
     curves = [
-        ("Reward", charts.course("reward", "reward", rows, reward, marks=begin)),
+        ("Reward", charts.plot_curves("reward", "reward", rows, reward, marks=begin)),
         (
             "Held-out loss",
-            charts.course("heldoutloss", "held-out loss", rows, held_out_loss, marks=begin),
+            charts.plot_curves("heldoutloss", "held-out loss", rows, held_out_loss, marks=begin),
         ),
         (
             sentence(unit.axis),
-            charts.course("latency", unit.noun, rows, [sampled, expected], marks=budget),
+            charts.plot_curves("latency", unit.noun, rows, [sampled, expected], marks=budget),
         ),
         (
             "Entropy of the policy, nats",
-            charts.course("entropy", "entropy", rows, entropy, marks=begin),
+            charts.plot_curves("entropy", "entropy", rows, entropy, marks=begin),
         ),
-        ("Loss", charts.course("loss", "loss", rows, loss, marks=begin)),
+        ("Loss", charts.plot_curves("loss", "loss", rows, loss, marks=begin)),
     ]
     # If only weights are learned, their accuracy is all that shows progress.
     if start is None:
         accuracy = [Series("train_accuracy", "training batch")]
-        curve = charts.course("accuracy", "accuracy", rows, accuracy, percent=True)
+        curve = charts.plot_curves("accuracy", "accuracy", rows, accuracy, percent=True)
         curves.append(("Accuracy on training batches", curve))
     return _drawn(curves)
 
@@ -460,20 +468,25 @@ def _training_curves(documents: RunDocuments) -> list[tuple[str, Markup]]:
     parts = [Series("class_loss", "classes"), Series("box_loss", "boxes", "orange")]
     return _drawn(
         [
-            ("Loss", charts.course("trainloss", "training loss", rows, loss)),
-            ("Parts of the loss", charts.course("trainparts", "parts of the loss", rows, parts)),
-            _metric_course(documents.task, rows, documents.validation_rows),
+            ("Loss", charts.plot_curves("trainloss", "training loss", rows, loss)),
+            (
+                "Parts of the loss",
+                charts.plot_curves("trainparts", "parts of the loss", rows, parts),
+            ),
+            _metric_curves(documents.task, rows, documents.validation_rows),
         ]
     )
 
 
-def _metric_course(task: Task, rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
+def _metric_curves(task: Task, rows: Rows, validation_rows: Rows) -> tuple[str, Markup | None]:
     """The task's metrics over the training: on test images at the steps where the
     network was evaluated, and on training batches for tasks that log an accuracy.
     """
     on_batches = [Series("train_accuracy", "training batch", "blue")]
     if not validation_rows:
-        curve = charts.course("trainaccuracy", "training accuracy", rows, on_batches, percent=True)
+        curve = charts.plot_curves(
+            "trainaccuracy", "training accuracy", rows, on_batches, percent=True
+        )
         return "Accuracy on training batches", curve
 
     merged = sorted([*rows, *validation_rows], key=lambda row: float(row["step"]))
@@ -484,12 +497,14 @@ def _metric_course(task: Task, rows: Rows, validation_rows: Rows) -> tuple[str, 
         on_test_images.append(Series(key, label, colour, exact=True))
     name = f"train{task.metric.lower()}"
     title = f"{task.metric} on test images"
-    curve = charts.course(name, title, merged, [*on_batches, *on_test_images], percent=True)
+    curve = charts.plot_curves(name, title, merged, [*on_batches, *on_test_images], percent=True)
     return f"{sentence(title)} during training", curve
 
 
 def class_rows(documents: RunDocuments) -> list[tuple[str, float | None]]:
-    """The classes with the task's metric, the best first, those without objects last."""
+    """The classes with the task's metric, the best first, those without
+    objects last.
+    """
 
     def value_of(row: tuple[str, float | None]) -> float:
         _, value = row
@@ -516,7 +531,9 @@ def ms(value: float | None) -> str:
 
 
 def percent(value: float | str | None, digits: int = 1) -> str:
-    """A fraction as a percentage; strings are returned unchanged, None is an en dash."""
+    """A fraction as a percentage; strings are returned unchanged, None is
+    an en dash.
+    """
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -569,7 +586,9 @@ def big(count: int) -> str:
 
 
 def amount(value: float) -> str:
-    """The value of a limit: counts with their SI prefix, times as ``ms`` formats them."""
+    """The value of a limit: counts with their SI prefix, times as ``ms``
+    formats them.
+    """
     return big(int(value)) if float(value).is_integer() else ms(value)
 
 

@@ -64,9 +64,9 @@ KERNEL_MARKERS = {1: "D", 3: "o", 5: "s", 7: "^"}
 """Kernel size -> marker, so that readers do not have to tell colours apart."""
 
 _RC: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hwnas",
-    "text.parse_math": False,
+    "svg.fonttype": "none",  # text stays text, so that it can be searched and copied
+    "svg.hashsalt": "hwnas",  # ids are random otherwise, and reports must be reproducible
+    "text.parse_math": False,  # names may contain a dollar sign
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11.5,
@@ -117,8 +117,8 @@ def kernel_colour(kernel: int) -> str:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an SVG element for any page: ids prefixed by ``name``, no prolog, no
-    metadata, no URLs.
+    """The figure as an SVG element for any page: ids prefixed by ``name``, no prolog,
+    no metadata, no URLs.
     """
     plain_ticks(figure)
     buffer = io.StringIO()
@@ -131,6 +131,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
 
     # a style element in the figure would apply to the whole page
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    # inline SVG in HTML5 has no namespaces
     body = body.replace("xlink:href", "href")
 
     # several figures share a page, so ids need a prefix; most ids are never referred to

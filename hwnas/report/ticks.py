@@ -11,8 +11,10 @@ from itertools import pairwise
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, LogFormatter, ScalarFormatter
 
-LARGE, SMALL = 1e6, 1e-4
-"""Axes whose largest value lies outside this range are written with a power of ten."""
+LARGE = 1e6
+"""Axes whose largest value is this or more are written with a power of ten."""
+SMALL = 1e-4
+"""Axes whose largest value is below this are written with a power of ten."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -79,6 +81,7 @@ def _decimals(values: Sequence[float]) -> int:
     distances = [second - first for first, second in pairwise(order)]
     fallback = abs(order[0]) if order else 1.0  # a single value has no distance
     smallest = min(distances, default=fallback)
+    # ticks come from float arithmetic: 0.30000000000000004 needs one decimal
     tolerance = 1e-3 * (smallest or 1.0)
     for decimals in range(15):
         if all(abs(round(value, decimals) - value) <= tolerance for value in values):

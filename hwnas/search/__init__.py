@@ -47,8 +47,8 @@ def check_space(strategy: str, space: SearchSpace) -> None:
     """Raise SpaceError if ``space`` is one of cells and the strategy cannot search it."""
     # Costs do not add up in other spaces without chains, which have a message of their own.
     has_cells = space.ADDITIVE and not space.CHAIN
-    if has_cells and not STRATEGIES.get(strategy).cells:
-        names = sorted(name for name in STRATEGIES if STRATEGIES.get(name).cells)
+    if has_cells and not STRATEGIES.get(strategy).supports_cells:
+        names = sorted(name for name in STRATEGIES if STRATEGIES.get(name).supports_cells)
         raise SpaceError(
             f"strategy {strategy!r} is for chains of blocks, and {space.name} is a space of cells:"
             f" choose one of {', '.join(names)}."

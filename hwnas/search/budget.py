@@ -30,12 +30,15 @@ PAIR_ROUNDS = 8
 SLOPES = 4
 """How often a tilt linearises the costs, which are not linear if choices are coupled."""
 
-STEEPEST, STEEPEST_LIMITED = 64.0, 1000.0
-"""Bounds of a tilt, in nats for the largest difference in cost between two options of a
-choice. The bound is wider with limits, as two tilts may have to outweigh each other.
+STEEPEST = 64.0
+"""Bound of a tilt, in nats for the largest difference in cost between two options of a
+choice.
 """
 
-SPREAD = 0.5
+STEEPEST_LIMITED = 1000.0
+"""The same with limits: wider, as two tilts may have to outweigh each other."""
+
+SAFETY_STDS = 0.5
 """Standard deviations between a tilted policy's expectation and a limit, so that most
 of its samples meet the limit.
 """
@@ -188,7 +191,7 @@ def tilt_policy(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[st
     """
     base = policy
     if ctx.limits is not None and ctx.limits.compiled:
-        base = _limited(ctx, policy)
+        base = _tilt_with_limits(ctx, policy)
     costs = ctx.cost_model.marginals(base)
 
     def tilted(mu: float) -> dict[str, np.ndarray]:
@@ -214,7 +217,9 @@ def tilt_policy(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[st
     return tilted((low + high) / 2)
 
 
-def _limited(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _tilt_with_limits(
+    ctx: SearchContext, policy: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The tilted policy by latency and limits, with linearised costs.
 
     The costs are linearised ``SLOPES`` times, each time at the policy found last. Every
@@ -246,7 +251,7 @@ def _limited(ctx: SearchContext, policy: Mapping[str, np.ndarray]) -> dict[str, 
         gaps = [most - float(additive_cost.expected(current)) for additive_cost, most in sums]
         aims_M = np.array(gaps)
         _, covariance_MM = _moments(p_K, costs_KM, starts)
-        aims_M[1:] -= SPREAD * np.sqrt(covariance_MM.diagonal())[1:]
+        aims_M[1:] -= SAFETY_STDS * np.sqrt(covariance_MM.diagonal())[1:]
         aims_M += p_K @ costs_KM
         p_K = _minimise_dual(log_p_K, costs_KM, aims_M, starts, sizes)
         current = dict(zip(keys, np.split(p_K, starts[1:]), strict=True))

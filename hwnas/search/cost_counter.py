@@ -33,8 +33,11 @@ if TYPE_CHECKING:  # results hold costs, and must be readable without importing 
     from hwnas.nn.shared import Gates, Probes
     from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
 
-FORWARD, GRADIENT = 1, 3
-"""Costs of a forward pass and of a gradient (forward and backward), in forward passes."""
+FORWARD = 1
+"""Cost of a forward pass: the unit of costs."""
+
+GRADIENT = 3
+"""Cost of a gradient (forward and backward), in forward passes."""
 
 SECOND_ORDER = 4
 """Number of gradients in DARTS's second order."""
@@ -59,15 +62,17 @@ class CostCounter:
     """Counts the cost of a search in ``space``; used by ``CountedWeights`` and
     ``CountedEvaluator``.
 
-    ``proxies`` are the spaces that the super-nets have in fact, whose MACs are counted:
-    smaller ones if the super-net is a proxy, several if it grows (``grow``).
+    ``proxies`` are the spaces that the super-nets are actually built for, whose MACs
+    are counted: smaller ones if the super-net is a proxy, several if it grows
+    (``grow``).
     ``evaluation_images`` is the number of images that pass through an architecture to
     evaluate it, BN recalibration included.
 
     Example:
         >>> from hwnas.testing import tiny_space
-        >>> cost_counter = CostCounter(tiny_space(), [tiny_space()], batch_size=64, evaluation_images=1000)
-        >>> cost_counter.count_evaluation(tiny_space().sample(np.random.default_rng(0)))
+        >>> space = tiny_space()
+        >>> cost_counter = CostCounter(space, [space], batch_size=64, evaluation_images=1000)
+        >>> cost_counter.count_evaluation(space.sample(np.random.default_rng(0)))
         >>> cost_counter.cost.evaluated
         1
     """

@@ -85,9 +85,9 @@ class DARTS(Strategy):
     """The DARTS strategy: trains alpha and the weights in turn, in one stage."""
 
     Config: ClassVar[type[BaseModel]] = DARTSConfig
-    cells = True
-    rate = "alpha_lr"
-    mixes = True
+    supports_cells = True
+    rate_option = "alpha_lr"
+    mixes_options = True
 
     def __init__(self, config: DARTSConfig) -> None:
         self.config = config
@@ -133,7 +133,7 @@ class DARTS(Strategy):
         self.stage = stage
 
     def skip_dropout(self, stage: int, fraction: float) -> float:
-        """Dropout rate behind skips after this fraction of a stage; 0 in DARTS."""
+        """Dropout rate after skips after this fraction of a stage; 0 in DARTS."""
         del stage, fraction
         return 0.0
 

@@ -67,7 +67,7 @@ class SupernetEvaluator:
         if batches:
             device = next(network.parameters()).device
             size = network.arch.resolution
-            recalibrate(network, (placed(x_NCHW, device, size) for x_NCHW, _ in batches))
+            recalibrate(network, (to_network_input(x_NCHW, device, size) for x_NCHW, _ in batches))
         return network
 
     def recalibration(self) -> list[Batch]:
@@ -147,6 +147,6 @@ class SupernetEvaluator:
         return evaluation_batches(images, size, limit=limit, workers=self.workers)
 
 
-def placed(x_NCHW: Tensor, device: torch.device, size: int) -> Tensor:
+def to_network_input(x_NCHW: Tensor, device: torch.device, size: int) -> Tensor:
     """Images on ``device``, in the networks' memory layout, at ``size`` pixels."""
     return resized(x_NCHW.to(device, memory_format=torch.channels_last), size)

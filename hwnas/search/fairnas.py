@@ -65,7 +65,7 @@ class FairNAS(Strategy):
     """The FairNAS strategy: strict fairness, then NSGA-II. It has no own state."""
 
     Config: ClassVar[type[BaseModel]] = FairNASConfig
-    cells = True
+    supports_cells = True
 
     def __init__(self, config: FairNASConfig) -> None:
         self.config = config

@@ -111,7 +111,7 @@ def gumbel_softmax(
     return masks
 
 
-def sampled_feasible(ctx: SearchContext, policy: Policy, count: int) -> list[Picks]:
+def sample_policy_feasible(ctx: SearchContext, policy: Policy, count: int) -> list[Picks]:
     """Up to ``count`` different architectures within the budget, sampled from a policy,
     in the order drawn.
 
@@ -133,8 +133,8 @@ class FBNet(Strategy):
     """The FBNet strategy: trains the weights and theta in turn, under sampled masks."""
 
     Config: ClassVar[type[BaseModel]] = FBNetConfig
-    rate = "theta_lr"
-    mixes = True
+    rate_option = "theta_lr"
+    mixes_options = True
 
     def __init__(self, config: FBNetConfig) -> None:
         self.config = config
@@ -222,7 +222,7 @@ class FBNet(Strategy):
         """
         policy = self.thetas.policy()
         if self.config.derive == "sampled":
-            return sampled_feasible(ctx, policy, count)
+            return sample_policy_feasible(ctx, policy, count)
         return propose_feasible(ctx, policy, count)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from hwnas.core.arch import Picks
-from hwnas.progress import Task
+from hwnas.progress import ProgressBar
 from hwnas.search.strategy import SearchContext
 
 
@@ -49,7 +49,7 @@ class Leaderboard:
     newly evaluated architecture advances ``task``.
     """
 
-    def __init__(self, ctx: SearchContext, task: Task) -> None:
+    def __init__(self, ctx: SearchContext, task: ProgressBar) -> None:
         self._ctx = ctx
         self._task = task
         self._scored: dict[str, ScoredPicks] = {}

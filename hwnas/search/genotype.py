@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwnas.core.cell_plan import NONE, edge_key, sources_of
+from hwnas.core.cell_steps import NONE, edge_key, sources_of
 from hwnas.core.cells import CellSpace
 from hwnas.core.search_space import SearchSpace
 

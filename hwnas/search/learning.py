@@ -44,7 +44,7 @@ from hwnas.core.statistics import (
 )
 from hwnas.document import Record
 
-PART = 0.2
+END_FRACTION = 0.2
 """The first and the last steps are this fraction of all (our choice)."""
 
 LEAST_STEPS = 4
@@ -68,7 +68,9 @@ Rows = Sequence[Mapping[str, float]]
 
 
 class Weights(Record):
-    """The training loss of the shared weights, per cross-entropy where a teacher adds one."""
+    """The training loss of the shared weights, per cross-entropy where a teacher adds
+    one.
+    """
 
     first: Average
     last: Average
@@ -91,10 +93,10 @@ class Weights(Record):
                 f"the super-net's loss did not fall ({_pm(self.first)} at first, {_pm(self.last)}"
                 " at the end)"
             )
-        return f"the super-net's loss ended at {_pm(self.last)}, and a guess's is {self.chance:.3f}"
+        return f"the super-net's loss ended at {_pm(self.last)}; guessing has {self.chance:.3f}"
 
 
-class HeldOut(Record):
+class HeldOutQuality(Record):
     """The mean quality of the ranked networks on ``images`` held-out images, and that
     of a guess.
     """
@@ -123,11 +125,11 @@ class HeldOut(Record):
             " held-out images"
         )
         if self.metric != AP:
-            text += f", and a guess has {shown(self.metric, self.chance)}"
+            text += f" (guessing: {shown(self.metric, self.chance)})"
         return text
 
 
-class Policy(Record):
+class PolicyProgress(Record):
     """The policy's entropy in nats at the first and the last step, and its mean reward
     in the first and the last part of the steps.
 
@@ -244,8 +246,8 @@ class AgainstRandom(Record):
         if self.selection < NEGLIGIBLE:
             return ""
         return (
-            f", {shown_points(self.metric, self.selection)} for the choice of the best on these"
-            " images taken off"
+            f", after subtracting {shown_points(self.metric, self.selection)} for having chosen the"
+            " best on these images"
         )
 
 
@@ -256,14 +258,14 @@ class Learning(Record):
 
     learned: bool | None
     weights: Weights | None = None
-    held_out: HeldOut | None = None
-    policy: Policy | None = None
+    held_out: HeldOutQuality | None = None
+    policy: PolicyProgress | None = None
     against_random: AgainstRandom | None = None
     cautions: tuple[Caution, ...] = ()
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingLog:
     """What a search has logged: ``rows``, whose losses are means over cross-entropies;
     the name of the strategy's ``rate``; and ``chance``, the loss of a guess.
     """
@@ -292,15 +294,15 @@ class Ranking:
     same: str = "latency"
 
 
-def learning_of(course: Course | None, ranking: Ranking) -> Learning:
-    """Evaluate what a search has learned. ``course`` is None if the weights came from
+def learning_of(log: TrainingLog | None, ranking: Ranking) -> Learning:
+    """Evaluate what a search has learned. ``log`` is None if the weights came from
     another run.
     """
     weights = None
     policy = None
-    if course is not None:
-        weights = _weights(course)
-        policy = _policy(course)
+    if log is not None:
+        weights = _weights(log)
+        policy = _policy(log)
     held_out = _held_out(ranking)
     compared = _against_random(ranking, policy is not None)
 
@@ -330,7 +332,7 @@ def learning_of(course: Course | None, ranking: Ranking) -> Learning:
     )
 
 
-def _weights_caution(weights: Weights | None, held_out: HeldOut | None) -> Caution | None:
+def _weights_caution(weights: Weights | None, held_out: HeldOutQuality | None) -> Caution | None:
     """A caution if the weights have learned nothing."""
     texts = []
     if weights is not None and not weights.learned:
@@ -343,14 +345,16 @@ def _weights_caution(weights: Weights | None, held_out: HeldOut | None) -> Cauti
     return Caution(headline="the search learned nothing", text=f"{'; '.join(texts)}: {advice}.")
 
 
-def _policy_cautions(policy: Policy | None, compared: AgainstRandom | None) -> list[Caution]:
+def _policy_cautions(
+    policy: PolicyProgress | None, compared: AgainstRandom | None
+) -> list[Caution]:
     """Cautions about the policy's reward, and about proposals no better than random."""
     cautions = []
     if policy is not None and policy.caution_unimproved is not None:
         cautions.append(policy.caution_unimproved)
     if compared is not None and not compared.difference.positive:
         advice = (
-            "raise search.epochs; more search.candidates and search.random_samples tell smaller"
+            "raise search.epochs; more search.candidates and search.random_samples resolve smaller"
             " differences"
         )
         text = (
@@ -361,47 +365,49 @@ def _policy_cautions(policy: Policy | None, compared: AgainstRandom | None) -> l
     return cautions
 
 
-def _parts(values: Sequence[float]) -> tuple[Average, Average] | None:
+def _first_and_last(values: Sequence[float]) -> tuple[Average, Average] | None:
     """Averages of the first and the last fifth; None if these are too few values."""
-    count = round(PART * len(values))
+    count = round(END_FRACTION * len(values))
     if count < LEAST_STEPS:
         return None
     return block_average(values[:count]), block_average(values[-count:])
 
 
-def _logged(course: Course, name: str) -> list[float]:
+def _logged(log: TrainingLog, name: str) -> list[float]:
     """The values of a metric, of all steps that have logged it."""
-    return [row[name] for row in course.rows if name in row]
+    return [row[name] for row in log.rows if name in row]
 
 
-def _weights(course: Course) -> Weights | None:
-    parts = _parts(_logged(course, "loss"))
+def _weights(log: TrainingLog) -> Weights | None:
+    parts = _first_and_last(_logged(log, "loss"))
     if parts is None:
         return None
     first, last = parts
-    return Weights(first=first, last=last, chance=course.chance)
+    return Weights(first=first, last=last, chance=log.chance)
 
 
-def _held_out(ranking: Ranking) -> HeldOut | None:
+def _held_out(ranking: Ranking) -> HeldOutQuality | None:
     if ranking.chance is None:
         return None
     qualities = [*ranking.proposals, *ranking.random]
     mean = math.fsum(qualities) / len(qualities)
-    return HeldOut(metric=ranking.metric, mean=mean, chance=ranking.chance, images=ranking.images)
+    return HeldOutQuality(
+        metric=ranking.metric, mean=mean, chance=ranking.chance, images=ranking.images
+    )
 
 
-def _policy(course: Course) -> Policy | None:
-    entropies = _logged(course, "entropy")
-    if course.rate is None or not entropies:
+def _policy(log: TrainingLog) -> PolicyProgress | None:
+    entropies = _logged(log, "entropy")
+    if log.rate is None or not entropies:
         return None
-    rewards = _logged(course, "reward")
+    rewards = _logged(log, "reward")
     by_loss = not rewards
     if by_loss:
-        rewards = [-loss for loss in _logged(course, "held_out_loss")]
-    first, last = _parts(rewards) or (None, None)
-    return Policy(
-        rate=course.rate,
-        steps=len(course.rows),
+        rewards = [-loss for loss in _logged(log, "held_out_loss")]
+    first, last = _first_and_last(rewards) or (None, None)
+    return PolicyProgress(
+        rate=log.rate,
+        steps=len(log.rows),
         entropy=(entropies[0], entropies[-1]),
         by_loss=by_loss,
         first=first,
@@ -446,16 +452,16 @@ def _selection(ranking: Ranking) -> float:
     """How much of the proposals' mean quality on all held-out images is expected to be
     due to noise in the finder's choice; see ``selection_intensity``.
     """
-    spread = average(ranking.random).error ** 2 * len(ranking.random)
+    variance = average(ranking.random).error ** 2 * len(ranking.random)
     # Noise that all networks share does not tell them apart, so what counts cannot
     # exceed the variance between them.
-    noise = min(_noise(ranking.random, ranking), spread)
+    noise = min(_noise(ranking.random, ranking), variance)
     # The finder has seen fewer images, on which the noise is larger.
     finders_noise = noise * ranking.images / min(ranking.evaluation_images, ranking.images)
-    finders_spread = math.sqrt(spread - noise + finders_noise)
-    if finders_spread == 0.0:
+    finders_std = math.sqrt(variance - noise + finders_noise)
+    if finders_std == 0.0:
         return 0.0
-    return selection_intensity(len(ranking.proposals), ranking.evaluated) * noise / finders_spread
+    return selection_intensity(len(ranking.proposals), ranking.evaluated) * noise / finders_std
 
 
 def _pm(value: Average, sign: int = 1) -> str:

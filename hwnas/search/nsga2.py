@@ -94,8 +94,9 @@ class NSGA2(Finder):
                 quality = board.evaluate(picks).quality if is_feasible(ctx, index_NC)[0] else 0.0
                 study.tell(trial, [quality, ctx.cost_model.cost(picks), params.cost(picks)])
 
-                # every trial counts once; the leaderboard has counted the new ones
-                task.advance(1 - (len(board) - evaluated))
+                # the leaderboard advances the bar for new architectures only
+                if len(board) == evaluated:
+                    task.advance()
         return board.best(count)
 
 

@@ -14,7 +14,7 @@ Three stages of equal length. At the start of each stage,
 In a stage of E = 25 epochs, the first 10 train only the weights (warm-up). Then alpha
 (Adam, learning rate 6e-4, betas 0.5 and 0.999, weight decay 1e-3, first-order gradient)
 and the weights are trained in turn, as in DARTS. Skips train fastest and would win, so
-elements behind them are dropped with probability
+elements after them are dropped with probability
 
     p = rate * (E - e - 1) / E           in epochs e < 10,
     p = rate * exp(-0.2 * (e - 10))      after that,
@@ -63,7 +63,7 @@ from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.search.darts import DARTS, DARTSConfig
 from hwnas.search.proposal import propose_feasible
-from hwnas.search.skips import count_of_skips, usual_skips, with_few_skips
+from hwnas.search.skips import count_of_skips, published_skip_limit, with_few_skips
 from hwnas.search.strategy import Metrics, SearchContext
 
 EPOCHS = 25
@@ -91,7 +91,7 @@ class PDARTSConfig(DARTSConfig):
         description="fraction of a slot's options that each stage keeps",
     )
     dropout: tuple[float, ...] = Field(
-        (0.0, 0.4, 0.7), description="initial dropout rate behind skips in each stage"
+        (0.0, 0.4, 0.7), description="initial dropout rate after skips in each stage"
     )
     max_skips: int | None = Field(
         None,
@@ -107,7 +107,7 @@ class PDARTSConfig(DARTSConfig):
     )
 
     @model_validator(mode="after")
-    def _one_per_stage(self) -> Self:
+    def _check_stages(self) -> Self:
         if len(self.dropout) != len(self.keep):
             raise ValueError(
                 f"dropout has {len(self.dropout)} rates but keep has {len(self.keep)} fractions:"
@@ -129,7 +129,7 @@ class PDARTSConfig(DARTSConfig):
 
 
 class PDARTS(DARTS):
-    """The P-DARTS strategy: DARTS whose stages drop options, with dropout behind skips
+    """The P-DARTS strategy: DARTS whose stages drop options, with dropout after skips
     and a skip limit.
     """
 
@@ -196,7 +196,7 @@ class PDARTS(DARTS):
         """
         most = self.config.max_skips
         if most is None:
-            most = usual_skips(ctx.space)
+            most = published_skip_limit(ctx.space)
         policy = with_few_skips(ctx.space, self.alphas.policy(), most)
         proposals = propose_feasible(_with_skip_limit(ctx, most), policy, count)
         if proposals:

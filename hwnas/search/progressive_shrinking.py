@@ -104,7 +104,7 @@ PHASES = (
 )
 """Name, sub-networks per step, and what is open."""
 
-Allowed = Mapping[str, tuple[int, ...]]
+OpenOptions = Mapping[str, tuple[int, ...]]
 """Choice key -> positions of the options that are open."""
 
 T = TypeVar("T", int, float)
@@ -115,14 +115,14 @@ def _largest(values: Iterable[T], count: int | None) -> list[T]:
     return sorted(set(values), reverse=True)[:count]
 
 
-def allowed(space: SearchSpace, opening: Opening) -> dict[str, tuple[int, ...]]:
+def open_options(space: SearchSpace, opening: Opening) -> dict[str, tuple[int, ...]]:
     """Choice key -> positions of the open options. ``LARGEST`` opens one option of
     every choice, except that all resolutions are open.
 
     Example:
         >>> from hwnas.testing import tiny_space
         >>> # k3e3, k5e3, k3e6, k5e6, skip: both kernels at expansion 6
-        >>> allowed(tiny_space(), Opening(None))["s1.b1"]
+        >>> open_options(tiny_space(), Opening(None))["s1.b1"]
         (2, 3)
     """
     skippable = _open_skips(space, opening)
@@ -199,13 +199,13 @@ def _open_blocks(
 @dataclass(frozen=True)
 class Phase:
     """A part of the training: each step draws ``paths`` sub-networks from the
-    ``allowed`` options. ``share`` is the number of steps relative to the other phases.
+    open ``options``. ``share`` is the number of steps relative to the other phases.
     """
 
     name: str
     paths: int
     share: float
-    allowed: Allowed
+    options: OpenOptions
 
 
 def phases(space: SearchSpace, config: ProgressiveShrinkingConfig) -> list[Phase]:
@@ -215,12 +215,12 @@ def phases(space: SearchSpace, config: ProgressiveShrinkingConfig) -> list[Phase
     shares = (config.largest, config.kernel, *config.depth, *config.expansion)
     opening_phases: list[Phase] = []
     for (name, paths, opening), share in zip(PHASES, shares, strict=True):
-        phase = Phase(name, paths, share, allowed(space, opening))
+        phase = Phase(name, paths, share, open_options(space, opening))
         if not opening_phases:
             opening_phases.append(phase)
             continue
         previous = opening_phases[-1]
-        if phase.allowed != previous.allowed:
+        if phase.options != previous.options:
             opening_phases.append(phase)
         elif name == previous.name:
             # two phases of one axis that open the same options are merged
@@ -279,7 +279,7 @@ class ProgressiveShrinking(Strategy):
             # the teacher is the largest network at the end of the first phase
             ctx.remember_teacher(largest_picks(ctx.space))
 
-        paths = sampled(ctx.space, phase, ctx.rng)
+        paths = sample_subnetworks(ctx.space, phase, ctx.rng)
         metrics = ctx.train(*(one_hot(picks, ctx.space) for picks in paths), teach=number > 0)
         cost = float(np.mean([ctx.cost_model.cost(picks) for picks in paths]))
         return {**metrics, "phase": float(number), ctx.cost_model.unit.quantity: cost}
@@ -295,7 +295,7 @@ class ProgressiveShrinking(Strategy):
 
 def largest_picks(space: SearchSpace) -> Picks:
     """The largest network of a space, at its largest resolution: the teacher."""
-    top = allowed(space, LARGEST)
+    top = open_options(space, LARGEST)
     picks: Picks = {}
     for choice in space.choices:
         if choice.kind == "resolution":
@@ -305,13 +305,13 @@ def largest_picks(space: SearchSpace) -> Picks:
     return picks
 
 
-def sampled(space: SearchSpace, phase: Phase, rng: np.random.Generator) -> list[Picks]:
+def sample_subnetworks(space: SearchSpace, phase: Phase, rng: np.random.Generator) -> list[Picks]:
     """The sub-networks of a step: uniform over the open options, at one resolution."""
     paths: list[Picks] = []
     for _ in range(phase.paths):
         picks: Picks = {}
         for choice in space.choices:
-            position = rng.choice(phase.allowed[choice.key])
+            position = rng.choice(phase.options[choice.key])
             picks[choice.key] = choice.options[position]
         paths.append(picks)
 

@@ -81,9 +81,9 @@ def sample_feasible(ctx: SearchContext, count: int, rng: np.random.Generator) ->
     """Up to ``count`` different architectures within the target's tolerance and the
     limits, drawn uniformly by rejection.
 
-    If the budget is so far out in the space that rejection finds too few, the others
-    are, in this order: samples of the uniform policy after ``tilt_policy``, tilted and
-    uniform samples after ``repair``, and variations of all of these.
+    If rejection finds too few, because few architectures meet the budget, these follow
+    in order: samples of the uniform policy after ``tilt_policy``, tilted and uniform
+    samples after ``repair``, and variations of all of these.
     """
     found: dict[bytes, np.ndarray] = {}
     for _ in range(ROUNDS):

@@ -177,7 +177,7 @@ class ProxylessNAS(Strategy):
     """
 
     Config: ClassVar[type[BaseModel]] = ProxylessNASConfig
-    rate = "alpha_lr"
+    rate_option = "alpha_lr"
 
     def __init__(self, config: ProxylessNASConfig) -> None:
         self.config = config
@@ -191,7 +191,7 @@ class ProxylessNAS(Strategy):
         if self.config.gradient == "gates":
             refuse_resolutions(space, "proxylessnas")
 
-    def parts(self) -> tuple[int, int]:
+    def microbatches(self) -> tuple[int, int]:
         """REINFORCE gives every path its own part of the held-out batch."""
         if self.config.gradient == "reinforce":
             return 1, self.config.rl_samples

@@ -29,8 +29,8 @@ trained super-net.
 baseline is uniform over decisions (a slot is skipped with probability 1/7 here and 1/2
 there). As in TuNAS's baseline (83 to 85 ms around 84), architectures outside the
 latency budget are rejected for proposals but not during training. The number of
-trainings is ours. So is the number of architectures of the finder, which is how many
-SPOS's evolution evaluates.
+training runs is ours. So is the number of architectures of the finder, which is how
+many SPOS's evolution evaluates.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RandomSearch(Strategy):
     """
 
     Config: ClassVar[type[BaseModel]] = RandomConfig
-    cells = True
+    supports_cells = True
 
     def __init__(self, config: RandomConfig) -> None:
         self.config = config
@@ -93,40 +93,40 @@ class RandomStandaloneConfig(BaseModel):
 
 class RandomStandalone(Strategy):
     """Random architectures within the budget, each trained by itself. ``setup`` draws
-    them from ``ctx.rng`` into ``alone``.
+    them from ``ctx.rng`` into ``standalone``.
 
     If random sampling finds fewer architectures within the budget than requested, these
     share the steps; if it finds none, ``setup`` raises TargetError.
     """
 
     Config: ClassVar[type[BaseModel]] = RandomStandaloneConfig
-    cells = True
-    shares = False
+    supports_cells = True
+    shares_weights = False
 
     def __init__(self, config: RandomStandaloneConfig) -> None:
         self.config = config
-        self.alone: list[Picks] = []
+        self.standalone: list[Picks] = []
 
     def setup(self, ctx: SearchContext) -> None:
         """Draw the architectures. Raises TargetError if none is found within the
         budget, ConfigError if there are more architectures than steps.
         """
-        self.alone = sample_feasible(ctx, self.config.trainings, ctx.rng)
-        if not self.alone:
+        self.standalone = sample_feasible(ctx, self.config.trainings, ctx.rng)
+        if not self.standalone:
             raise TargetError(
                 f"found no architecture of space {ctx.space.name} within {ctx.tolerance:.2g} of"
                 f" {ctx.cost_model.unit.shown(ctx.target)} to train: raise search.tolerance or a"
                 " limit."
             )
-        if ctx.steps < len(self.alone):
+        if ctx.steps < len(self.standalone):
             raise ConfigError(
-                f"{len(self.alone)} trainings share {ctx.steps} steps, so some get none: lower"
+                f"{len(self.standalone)} training runs share {ctx.steps} steps, so some get none: lower"
                 " trainings or raise search.epochs."
             )
 
     def step(self, ctx: SearchContext) -> Metrics:
         """One update of the network whose turn it is."""
-        picks = self.alone[ctx.step % len(self.alone)]
+        picks = self.standalone[ctx.step % len(self.standalone)]
         return {
             **ctx.train(one_hot(picks, ctx.space)),
             ctx.cost_model.unit.quantity: ctx.cost_model.cost(picks),
@@ -134,15 +134,17 @@ class RandomStandalone(Strategy):
 
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:
         """The trained architectures, best reward first."""
-        return _best_of(ctx, self.alone, count, "evaluating standalone networks")
+        return _best_of(ctx, self.standalone, count, "evaluating standalone networks")
 
     def state_dict(self) -> dict[str, Any]:
         """The drawn architectures."""
-        return {"alone": [dict(picks) for picks in self.alone]}
+        return {"standalone": [dict(picks) for picks in self.standalone]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from ``state_dict``."""
-        self.alone = [dict(picks) for picks in state["alone"]]
+        # checkpoints of the previous release have the old key
+        standalone = state["alone"] if "alone" in state else state["standalone"]
+        self.standalone = [dict(picks) for picks in standalone]
 
 
 class RandomFinderConfig(BaseModel):

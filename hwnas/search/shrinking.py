@@ -23,7 +23,7 @@ Metrics, by name (``SHRINK_METRICS``); a higher score is better:
   ``hwnas.search.angle``;
 - ``accuracy``: held-out accuracy of the architecture with the super-net's weights and
   recalibrated BN; 1 / (1 + loss) if ``search.quality = "loss"``;
-- ``magnitude``: the operator's architecture parameter, which is trained beside the
+- ``magnitude``: the operator's architecture parameter, which is trained together with the
   weights as in DARTS; samples no architectures;
 - ``random``: a uniform random number; needs no super-net.
 
@@ -33,13 +33,13 @@ as many are drawn. ``sampling = "depths"`` draws the number of skipped slots fir
 
 PWSNAS has a second strategy: fewer operators leave room for more parameters, so that
 fewer architectures share each weight. Only its abstract was available, so the
-implementation is *our interpretation*. At the stages that ``shrink.operation_on``
+implementation is *our interpretation*. In the rounds that ``shrink.operation_on``
 names, a slot's weights are split into one copy per slot (``edge``) or per operator
 (``op``) that its input comes from; each copy starts with the shared weights.
 
 *Differences from the papers*:
 
-- At every stage, the learning rate follows a whole schedule (warm-up, cosine to 0) and
+- In every round, the learning rate follows a whole schedule (warm-up, cosine to 0) and
   momentum starts at 0, so the weights that score the operators have settled. The
   released code continues a single schedule.
 - The released code drops the gradients of weights that are not sampled, as does
@@ -48,7 +48,7 @@ names, a slot's weights are split into one copy per slot (``edge``) or per opera
 - For ``magnitude``, the papers train the super-net as DARTS does, as a mixture. Here,
   single paths train the weights, as for the other metrics, so that all metrics can
   share the first and longest training. Every ``alpha_every`` steps, alpha descends the
-  held-out loss of the mixture (first order). Alpha is kept from stage to stage, without
+  held-out loss of the mixture (first order). Alpha is kept from round to round, without
   the removed operators.
 - W0 is the initialisation, or the weights after ``shrink.base_epochs``, which is 5 in
   their DARTS space. There, every edge has one operator; here a node keeps two edges,
@@ -109,7 +109,7 @@ class ShrinkMetric(ABC):
 
     The class attributes say what a metric needs. ``trains``: a trained super-net.
     ``samples``: sampled architectures. ``evaluates``: held-out images, on which it
-    evaluates each of them. ``alphas``: architecture parameters, trained beside the
+    evaluates each of them. ``alphas``: architecture parameters, trained together with the
     weights.
     """
 
@@ -210,16 +210,18 @@ def operator_means(
 
     Example:
         >>> from hwnas.testing import tiny_space
-        >>> space = tiny_space().restrict({"s1.b0": ["ir_k3_e3"], "s1.b1": ["ir_k3_e3", "skip"]})
+        >>> options = {"s1.b0": ["ir_k3_e3"], "s1.b1": ["ir_k3_e3", "skip"]}
+        >>> space = tiny_space().restrict(options)
         >>> picks = space.sample(np.random.default_rng(0))
-        >>> operator_means(space, [{**picks, "s1.b1": "skip"}, {**picks, "s1.b1": "ir_k3_e3"}], [1.0, 3.0])[("s1.b1", "skip")]
+        >>> children = [{**picks, "s1.b1": "skip"}, {**picks, "s1.b1": "ir_k3_e3"}]
+        >>> operator_means(space, children, [1.0, 3.0])[("s1.b1", "skip")]
         1.0
     """
     by_operator: dict[Operator, list[float]] = {operator: [] for operator in operators(space)}
     for picks, value in zip(children, values, strict=True):
         for choice in shrinkable(space):
             # A choice that the architecture leaves out has no part in its value.
-            if space.kept(choice.key, picks):
+            if space.is_kept(choice.key, picks):
                 by_operator[choice.key, str(picks[choice.key])].append(value)
 
     means = {}
@@ -257,16 +259,16 @@ def sample_children(
                 if macs is not None:
                     drawn_NC = drawn_NC[macs.costs(drawn_NC) <= config.max_macs]
                 for row in drawn_NC:
+                    if counts[choice.key][number] >= most:
+                        break
                     name = space.canonical(row).tobytes()
                     picks = space.at(row)
-                    if (
-                        name not in children
-                        and counts[choice.key][number] < most
-                        and space.kept(choice.key, picks)
-                    ):
-                        children[name] = row
-                        for other in counts:
-                            counts[other][row[position[other]]] += space.kept(other, picks)
+                    # An operator on an edge that no node keeps is not in the network.
+                    if name in children or not space.is_kept(choice.key, picks):
+                        continue
+                    children[name] = row
+                    for other in counts:
+                        counts[other][row[position[other]]] += space.is_kept(other, picks)
 
             # Without a limit, an operator may lack children: no node keeps its edge.
             if macs is not None and not counts[choice.key][number]:
@@ -312,10 +314,12 @@ def select_drops(
 
     Example:
         >>> from hwnas.testing import tiny_space
-        >>> space = tiny_space().restrict({"s1.b0": ["ir_k3_e3"], "s1.b1": ["ir_k3_e3", "skip"], "s1.b2": ["ir_k3_e3", "skip"]})
-        >>> scores = {("s1.b1", "skip"): 1.0, ("s1.b1", "ir_k3_e3"): 2.0, ("s1.b2", "skip"): 4.0, ("s1.b2", "ir_k3_e3"): 3.0}
+        >>> options = {"s1.b0": ["ir_k3_e3"], "s1.b1": ["ir_k3_e3", "skip"]}
+        >>> space = tiny_space().restrict(options | {"s2.b0": ["ir_k3_e3", "ir_k5_e3"]})
+        >>> scores = {("s1.b1", "skip"): 1.0, ("s1.b1", "ir_k3_e3"): 2.0}
+        >>> scores |= {("s2.b0", "ir_k5_e3"): 4.0, ("s2.b0", "ir_k3_e3"): 3.0}
         >>> select_drops(space, scores, ShrinkConfig(dropped=2))
-        [('s1.b1', 'skip'), ('s1.b2', 'ir_k3_e3')]
+        [('s1.b1', 'skip'), ('s2.b0', 'ir_k3_e3')]
     """
     remaining = {choice.key: len(choice.options) for choice in shrinkable(space)}
     # With ``drop = "each"``, every choice loses at most one option.

@@ -14,7 +14,7 @@ from functools import singledispatch
 import numpy as np
 
 from hwnas.core.additive_cost import AdditiveCost
-from hwnas.core.cell_plan import SKIP_CONNECT
+from hwnas.core.cell_steps import SKIP_CONNECT
 from hwnas.core.cells import CellSpace
 from hwnas.core.choice import Address
 from hwnas.core.option import SKIP
@@ -26,15 +26,15 @@ SKIPS_OF_A_CELL = 2
 
 
 @singledispatch
-def usual_skips(space: SearchSpace) -> int:
+def published_skip_limit(space: SearchSpace) -> int:
     """The default limit on the skips of a proposal. On blocks, a quarter of the slots
     that offer skip, rounded up (ours).
     """
     return math.ceil(len(_skip_positions(space)) / 4)
 
 
-@usual_skips.register
-def _usual_skips_of_a_cell(space: CellSpace) -> int:
+@published_skip_limit.register
+def _published_skip_limit_of_a_cell(space: CellSpace) -> int:
     del space
     return SKIPS_OF_A_CELL
 
@@ -73,7 +73,7 @@ def _with_few_skips_in_a_cell(space: CellSpace, policy: Policy, most: int) -> di
         picks = space.at([int(derived[choice.key].argmax()) for choice in space.choices])
         skipped = []
         for key in _limited_edges(space):
-            if space.kept(key, picks) and picks.get(key) == SKIP_CONNECT:
+            if space.is_kept(key, picks) and picks.get(key) == SKIP_CONNECT:
                 skipped.append(key)
         if len(skipped) <= most:
             return derived
@@ -104,17 +104,17 @@ def count_of_skips(space: SearchSpace) -> AdditiveCost:
 def _count_of_skips_in_a_cell(space: CellSpace) -> AdditiveCost:
     slots = {}
     for key in _limited_edges(space):
-        # an edge has a place in every copy of the cell; count its skip once
-        first_place = next(place for place in space.places if place.key == key)
-        slots[first_place.slot] = first_place
+        # an edge has a step in every copy of the cell; count its skip once
+        first_step = next(step for step in space.steps if step.key == key)
+        slots[first_step.slot] = first_step
 
     def skips(term: Term) -> np.ndarray:
-        place = slots.get(term.slot)
-        if place is None:
+        step = slots.get(term.slot)
+        if step is None:
             return np.zeros(term.shape)
-        is_skip = [option == SKIP_CONNECT for option in place.options]
+        is_skip = [option == SKIP_CONNECT for option in step.options]
         # ``kept`` is empty if the node has no choice of edges: it keeps all of them
-        kept = np.array(place.kept or (True,), dtype=float)
+        kept = np.array(step.kept or (True,), dtype=float)
         return np.outer(is_skip, kept).reshape(term.shape)
 
     return AdditiveCost(space, skips)

@@ -67,7 +67,7 @@ class SPOSConfig(EvolutionConfig):
     )
 
     @model_validator(mode="after")
-    def _fair_without_budget(self) -> Self:
+    def _check_sampling(self) -> Self:
         if self.sampling == "fair" and self.within_budget is not None:
             raise ValueError(
                 "sampling = 'fair' trains every option equally often, so no path can be rejected:"
@@ -102,7 +102,7 @@ class SPOS(Strategy):
     """The SPOS strategy: trains uniform single paths, then runs an evolution."""
 
     Config: ClassVar[type[BaseModel]] = SPOSConfig
-    cells = True
+    supports_cells = True
 
     def __init__(self, config: SPOSConfig) -> None:
         self.config = config

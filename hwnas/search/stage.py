@@ -29,20 +29,20 @@ from hwnas.nn.checkpoint import save_network
 from hwnas.nn.supernet import check_supernet
 from hwnas.runs import StageContext
 from hwnas.search import FINDERS, STRATEGIES, check_space
-from hwnas.search.comparison import compared_with
 from hwnas.search.cost_counter import CountedEvaluator, CountedWeights
 from hwnas.search.evaluator import EVALUATIONS, SupernetEvaluator
 from hwnas.search.finder import Finder
-from hwnas.search.learning import Course, Ranking, learning_of
+from hwnas.search.learning import Ranking, TrainingLog, learning_of
 from hwnas.search.proposal import sample_feasible
+from hwnas.search.random_baseline import choose_random_baseline
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 from hwnas.search.supernets import (
     SUPERNET_FILE,
     cost_counter_of,
+    load_trained_supernet,
     supernet_of,
-    trained,
-    trained_supernet,
+    supernet_path,
 )
 from hwnas.search.weights import Batches, SupernetWeights
 from hwnas.stages import Stage, configured_table
@@ -71,7 +71,7 @@ def outputs(config: SearchConfig) -> list[str]:
     """
     strategy: type[Strategy] = STRATEGIES.get(config.strategy.name)
     files = ["arch.json", "search.json", "supernet.safetensors"]
-    if config.weights is None and strategy.shares:
+    if config.weights is None and strategy.shares_weights:
         files.append(SUPERNET_FILE)
     return files
 
@@ -97,7 +97,7 @@ def resolve_target(experiment: Experiment, cost: CostModel) -> float:
     if config.target_range is not None:
         return low + config.target_range * (high - low)
     raise ConfigError(
-        f"{key} is not set: set it to your budget; this space {cost.verb}"
+        f"{key} is not set: set it to your budget; an architecture of this space {cost.verb}"
         f" {cost.unit.shown(low, high)}{cost.source}."
     )
 
@@ -181,16 +181,16 @@ def check_search(experiment: Experiment, space: SearchSpace) -> Limits:
     )
     limits.check()
     if config.backbone is not None:
-        trained_supernet(config.backbone, "search.backbone")
+        supernet_path(config.backbone, "search.backbone")
     if config.weights is not None:
         # No strategy runs, so only the trained super-net has to fit.
-        trained(config, space)
+        load_trained_supernet(config, space)
         return limits
 
     strategy = search_strategy(config)
     check_space(config.strategy.name, space)
     strategy.check(space)
-    if strategy.shares:
+    if strategy.shares_weights:
         check_supernet(space, config.supernet)
     _check_settings(experiment, strategy)
     return limits
@@ -206,23 +206,23 @@ def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
     """
     config = experiment.search
     name = config.strategy.name
-    if strategy.mixes and (config.supernet.operation_on != "node" or config.supernet.wsbn):
+    if strategy.mixes_options and (config.supernet.operation_on != "node" or config.supernet.wsbn):
         raise ConfigError(
             f"strategy {name!r} mixes options, so an input has no single producer: set"
             " search.supernet.operation_on = 'node' and wsbn = false, or use a strategy that"
             " samples paths."
         )
-    if config.backbone is not None and not strategy.shares:
+    if config.backbone is not None and not strategy.shares_weights:
         raise ConfigError(
             f"strategy {name!r} trains networks that share no weights, so search.backbone would"
             " initialise nothing: remove it, or use a strategy with a super-net."
         )
     size = config.batch_size
-    for split, count in zip(("training", "held-out"), strategy.parts(), strict=True):
-        # Batch normalisation needs at least two images in every part.
+    for split, count in zip(("training", "held-out"), strategy.microbatches(), strict=True):
+        # Batch normalisation needs at least two images in every microbatch.
         if size < 2 * count:
             raise ConfigError(
-                f"strategy {name!r} splits a {split} batch into {count} parts, and"
+                f"strategy {name!r} splits a {split} batch into {count} microbatches, and"
                 f" search.batch_size = {size} leaves fewer than two images for each: set it to"
                 f" {2 * count} or more."
             )
@@ -239,7 +239,7 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
     progress = ctx.progress
     search = search_context(ctx.experiment, space, table)
     search.progress = progress
-    experiment = sized(ctx.experiment, space)
+    experiment = with_space_resolution(ctx.experiment, space)
     cost = search.cost_model
     progress.info(
         f"target {cost.unit.shown(search.target)}{cost.source}; {space.name} reaches"
@@ -247,7 +247,7 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
     )
     finder = search_finder(config)
     if config.weights is not None:
-        evaluator = SupernetEvaluator(trained(config, space), experiment)
+        evaluator = SupernetEvaluator(load_trained_supernet(config, space), experiment)
         search.cost_counter = cost_counter_of(config, evaluator.supernet)
         _find(ctx, search, evaluator, finder, None)
         return
@@ -256,7 +256,7 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
     engine = prepared.engine
     evaluator = prepared.evaluator
     if config.backbone is not None:
-        backbone = trained_supernet(config.backbone, "search.backbone")
+        backbone = supernet_path(config.backbone, "search.backbone")
         progress.info(str(evaluator.supernet.load_backbone(backbone)))
 
     # A checkpoint holds newer weights than the backbone, so it is loaded afterwards.
@@ -275,7 +275,7 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
     engine.finish()
 
 
-def sized(experiment: Experiment, space: SearchSpace) -> Experiment:
+def with_space_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
     """The experiment with images of the space's resolution, which ``space.restrict``
     may have made smaller than that of the data.
     """
@@ -354,7 +354,7 @@ def _images(experiment: Experiment) -> Images:
     return images
 
 
-def _course(prepared: Prepared, config: SearchConfig) -> Course:
+def _training_log(prepared: Prepared, config: SearchConfig) -> TrainingLog:
     """What the search has logged. Losses that are sums of several cross-entropies are
     divided by their number, so that they compare with the loss of a guess.
     """
@@ -364,7 +364,7 @@ def _course(prepared: Prepared, config: SearchConfig) -> Course:
     if evaluator.quality.of_cross_entropy:
         rows = [{**row, "loss": row["loss"] / strategy.cross_entropies(row)} for row in rows]
     chance = evaluator.quality.loss_of_a_guess(evaluator.train.labels, config.label_smoothing)
-    return Course(rows, strategy.rate, chance)
+    return TrainingLog(rows, strategy.rate_option, chance)
 
 
 def _find(
@@ -399,8 +399,8 @@ def _find(
         # ``search_context`` has found an architecture with the same seed, so this one
         # exists.
         proposals = sample_feasible(search, 1, np.random.default_rng(seed))
-    course = None if trained is None else _course(trained, config)
-    _conclude(ctx, search, evaluator, proposals, course)
+    log = None if trained is None else _training_log(trained, config)
+    _conclude(ctx, search, evaluator, proposals, log)
 
 
 def _conclude(
@@ -408,9 +408,9 @@ def _conclude(
     search: SearchContext,
     evaluator: SupernetEvaluator,
     proposals: list[Picks],
-    course: Course | None,
+    log: TrainingLog | None,
 ) -> None:
-    """Rank the proposals, score random architectures for comparison, write the outputs,
+    """Rank the proposals, score random architectures as a baseline, write the outputs,
     and report what was found and how far to trust it.
     """
     config = ctx.experiment.search
@@ -420,23 +420,26 @@ def _conclude(
     assert search.cost_counter is not None
     evaluated = search.cost_counter.cost.evaluated
 
-    comparison = compared_with(search, evaluator, proposals)
-    progress.info(comparison.sentence)
-    candidates = _ranked(search, evaluator, proposals, f"ranking {len(proposals)} proposals")
+    baseline = choose_random_baseline(search, evaluator, proposals)
+    progress.info(baseline.sentence)
+    candidates = _rank(search, evaluator, proposals, f"ranking {len(proposals)} proposals")
     images = config.recalibration_images + len(evaluator.held_out)
     for picks in proposals:
         search.cost_counter.count_evaluation(picks, images)
     # Taken here, because the random architectures below only serve the report and are
     # not part of what the search costs.
     cost = search.cost_counter.cost
-    random = _ranked(
-        search, evaluator, comparison.within, f"scoring {len(comparison.within)} random in budget"
-    )
-    anywhere = _ranked(
+    random = _rank(
         search,
         evaluator,
-        comparison.anywhere,
-        f"scoring {len(comparison.anywhere)} random anywhere",
+        baseline.within,
+        f"scoring {len(baseline.within)} random architectures in the budget",
+    )
+    anywhere = _rank(
+        search,
+        evaluator,
+        baseline.anywhere,
+        f"scoring {len(baseline.anywhere)} random architectures in the whole space",
         evaluator.evaluate,
     )
 
@@ -454,12 +457,12 @@ def _conclude(
         chance=evaluator.quality.of_a_guess(evaluator.held_out.labels),
         same=search.cost_model.unit.noun,
     )
-    learning = learning_of(course, ranking)
+    learning = learning_of(log, ranking)
 
     table = search.cost_model.table
     weights_sha256 = None
     if config.weights is not None:
-        weights_sha256 = file_sha256(trained_supernet(config.weights))
+        weights_sha256 = file_sha256(supernet_path(config.weights))
     SearchResult(
         strategy=name,
         metric=evaluator.quality.metric,
@@ -485,7 +488,7 @@ def _conclude(
         progress.warning(str(caution))
 
 
-def _ranked(
+def _rank(
     search: SearchContext,
     evaluator: SupernetEvaluator,
     proposals: Sequence[Picks],
@@ -587,9 +590,9 @@ class Search(Stage):
         if config.by_table:
             files |= self.at.hash_of_table()
         if config.weights is not None:
-            files["super-net"] = file_sha256(trained_supernet(config.weights))
+            files["super-net"] = file_sha256(supernet_path(config.weights))
         if config.backbone is not None:
-            files["backbone"] = file_sha256(trained_supernet(config.backbone, "search.backbone"))
+            files["backbone"] = file_sha256(supernet_path(config.backbone, "search.backbone"))
         search_context(self.at.experiment, self.at.space, self._table())  # checks the target
         settings = self.at.hashes_of_config("search", "seed", *task_of(self.at.experiment).tables)
         return {"space.json": self.at.space.sha256, **files, **self.at.hashes_of_data(), **settings}

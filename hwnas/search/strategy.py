@@ -7,6 +7,7 @@ or other processes: the context owns those.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,20 @@ from hwnas.core.limits import Limits
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
 from hwnas.core.space import SearchSpace
 from hwnas.nn.supernet import Gates, Probes
+from hwnas.old_names import accept_old_names
 from hwnas.progress import Progress
 from hwnas.search.cost_counter import CostCounter
 from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
+
+OLD_NAMES = {
+    "alone": "standalone",
+    "mixes": "mixes_options",
+    "shares": "shares_weights",
+    "rate": "rate_option",
+    "cells": "supports_cells",
+    "parts": "microbatches",
+}
+"""Renamed members of ``Strategy``, old name -> new name."""
 
 __all__ = ["Evaluator", "Gates", "Metrics", "Probes", "SearchContext", "SharedWeights", "Strategy"]
 
@@ -146,26 +158,43 @@ class SearchContext:
 class Strategy(ABC):
     """Base class of search methods.
 
-    ``Config`` holds the method's own options, which are the keys beside ``name`` in
-    ``search.strategy``. The class attributes describe the method:
+    ``Config`` holds the method's own options, which are the other keys of
+    ``search.strategy``, next to ``name``. The class attributes describe the method:
 
     - ``sharing`` and ``kernels``: how the paper shares weights between a slot's options
       and between kernel sizes; the default for ``search.supernet``.
-    - ``mixes``: several options of a choice run at once, in a weighted sum.
-    - ``shares``: a super-net is trained. If False, ``setup`` puts architectures into
-      ``alone``, and each is trained as a standalone network.
-    - ``rate``: the name of the option that sets how fast the policy learns, if any.
-    - ``cells``: the method also runs on spaces of cells.
+    - ``mixes_options``: several options of a choice run at once, in a weighted sum.
+    - ``shares_weights``: a super-net is trained. If False, ``setup`` puts architectures
+      into ``standalone``, and each is trained as a standalone network.
+    - ``rate_option``: the name of the option that sets how fast the policy learns, if
+      any.
+    - ``supports_cells``: the method also runs on spaces of cells.
     """
 
     Config: ClassVar[type[BaseModel]]
     sharing: ClassVar[Literal["collapsed", "separate"]] = "separate"
     kernels: ClassVar[Literal["own", "ofa", "ofa_transform"]] = "own"
-    mixes: ClassVar[bool] = False
-    shares: ClassVar[bool] = True
-    rate: ClassVar[str | None] = None
-    cells: ClassVar[bool] = False
-    alone: Sequence[Picks] = ()
+    mixes_options: ClassVar[bool] = False
+    shares_weights: ClassVar[bool] = True
+    rate_option: ClassVar[str | None] = None
+    supports_cells: ClassVar[bool] = False
+    standalone: Sequence[Picks] = ()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        accept_old_names(cls, OLD_NAMES)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Strategies of the previous release set ``alone`` on themselves in ``setup``.
+        if name == "alone":
+            warnings.warn(
+                f"{type(self).__module__}.{type(self).__qualname__}: 'alone' is now 'standalone';"
+                " the old name works until the next release.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            self.standalone = value
+        super().__setattr__(name, value)
 
     def check(self, space: SearchSpace) -> None:  # noqa: B027 (most methods run on every space)
         """Raise SpaceError if this method cannot run on ``space``."""
@@ -191,19 +220,23 @@ class Strategy(ABC):
         del row
         return 1
 
-    def parts(self) -> tuple[int, int]:
-        """The numbers of parts into which a step splits its training batch and each
-        held-out batch. Every part needs two images for BN.
+    def microbatches(self) -> tuple[int, int]:
+        """The numbers of microbatches into which a step splits its training batch and
+        each held-out batch. Every microbatch needs two images for BN.
         """
         return 1, 1
 
     @abstractmethod
     def setup(self, ctx: SearchContext) -> None:
-        """Called once, before the first step or a restored state; ``ctx.weights`` is None."""
+        """Called once, before the first step or a restored state; ``ctx.weights`` is
+        None.
+        """
 
     @abstractmethod
     def step(self, ctx: SearchContext) -> Metrics:
-        """One step: usually one weight update, then one update of the method's own parameters."""
+        """One step: usually one weight update, then one update of the method's own
+        parameters.
+        """
 
     @abstractmethod
     def propose(self, ctx: SearchContext, count: int) -> list[Picks]:

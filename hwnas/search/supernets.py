@@ -27,8 +27,8 @@ def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) 
     strategy does (and may grow), or standalone networks.
     """
     generator = torch.Generator().manual_seed(experiment.seed)
-    if strategy.alone:
-        return IndependentNetworks(space, strategy.alone, generator)
+    if strategy.standalone:
+        return IndependentNetworks(space, strategy.standalone, generator)
     kind: type[Supernet] = SUPERNETS[type(space)]
     config = kind.shared_by(experiment.search.supernet, strategy.sharing, strategy.kernels)
     return make_supernet(space, generator, config, strategy.growth(space))
@@ -44,7 +44,7 @@ def cost_counter_of(config: SearchConfig, supernet: GatedNetworks) -> CostCounte
     )
 
 
-def trained_supernet(folder: str, key: str = "search.weights") -> Path:
+def supernet_path(folder: str, key: str = "search.weights") -> Path:
     """The super-net file of an earlier run. ``folder`` is the run's folder or its search
     folder; the configuration's ``key`` has named it.
 
@@ -65,12 +65,12 @@ def trained_supernet(folder: str, key: str = "search.weights") -> Path:
     )
 
 
-def trained(config: SearchConfig, space: SearchSpace) -> Supernet:
+def load_trained_supernet(config: SearchConfig, space: SearchSpace) -> Supernet:
     """The super-net of ``search.weights``, on the best device. It keeps the settings
     that it was trained with; raises ConfigError if ``search.supernet`` differs.
     """
     assert config.weights is not None
-    supernet = load_supernet(trained_supernet(config.weights), space)
+    supernet = load_supernet(supernet_path(config.weights), space)
     if not config.recalibration_images and not supernet.config.bn_track:
         raise ConfigError(
             f"the super-net in {config.weights} tracks no BN statistics: set"
@@ -79,7 +79,8 @@ def trained(config: SearchConfig, space: SearchSpace) -> Supernet:
     trained = supernet.config.model_dump()
     defaults = SupernetConfig().model_dump()
     for key, value in config.supernet.model_dump().items():
-        # The config.json of a run holds every key, so a default value is no request.
+        # The config.json of a run contains every key, so a default value does not mean
+        # that the user asked for it.
         if value not in (defaults[key], trained[key]):
             raise ConfigError(
                 f"search.supernet.{key} = {value!r}, but the trained super-net in"

@@ -114,7 +114,7 @@ class TuNASConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _warmup_within_delay(self) -> Self:
+    def _check_warmup(self) -> Self:
         if self.warmup > self.rl_delay:
             raise ValueError(
                 f"warmup ({self.warmup}) must not outlast rl_delay ({self.rl_delay}): the reward"
@@ -358,7 +358,7 @@ class TuNAS(Strategy):
 
     Config: ClassVar[type[BaseModel]] = TuNASConfig
     sharing = "collapsed"
-    rate = "rl_lr"
+    rate_option = "rl_lr"
 
     def __init__(self, config: TuNASConfig) -> None:
         self.config = config
@@ -368,7 +368,7 @@ class TuNAS(Strategy):
         """Create the controller. Its policy starts uniform over the decisions."""
         self.controller = Controller(ctx.space)
 
-    def parts(self) -> tuple[int, int]:
+    def microbatches(self) -> tuple[int, int]:
         """Each architecture gets its own part of the training and held-out batches."""
         return self.config.architectures, self.config.architectures
 

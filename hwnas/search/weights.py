@@ -19,7 +19,7 @@ from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Microbatch
 from hwnas.nn.network import Network
 from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
-from hwnas.nn.unrolled import Loss, unrolled_gate_gradients
+from hwnas.nn.unrolled import Loss, SGDStep, unrolled_gate_gradients
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.verbs import Metrics
 
@@ -173,7 +173,9 @@ class SupernetWeights:
 
     @torch.no_grad()
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        """Quality in 0..1 of each of ``gates`` on its part of this step's held-out batch."""
+        """Quality in 0..1 of each of ``gates`` on its microbatch of this step's held-out
+        batch.
+        """
         x_NCHW, y = self.engine.to_device(*self.batches.held_out(self.engine.step, multiple))
         self._set_fraction()
         # eval() turns off dropout and the proxy resolution. The BN of a super-net still
@@ -276,10 +278,7 @@ class SupernetWeights:
                 loss_on(held_out, self.held_out_criterion),
                 weights,
                 leaves,
-                lr=self.engine.lr,
-                momentum_buffers=buffers,
-                momentum=momentum,
-                weight_decay=weight_decay,
+                SGDStep(self.engine.lr, momentum, buffers, weight_decay),
             )
         self.engine.check_finite(torch.tensor(value))
         return value, {key: _float64(gradient) for key, gradient in gradients.items()}

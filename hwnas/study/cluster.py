@@ -1,10 +1,10 @@
-"""Trainings on a Ray cluster, each as a task (see hwnas/study/trainings.py).
+"""Training runs on a Ray cluster, each as a task (see hwnas/study/trainings.py).
 
 **A cluster** shares no disk with this computer. The package itself, the space and the
-latency table are sent with each training. The files of its folder are sent, as bytes,
+latency table are sent with each training run. The files of its folder are sent, as bytes,
 in both directions: a checkpoint comes back at most every ``HOME_SECONDS``, so that a
-training whose machine is lost resumes elsewhere with the next command. Images, and
-tables that ``search.limits`` name, are read where the training runs. They must exist
+training run whose machine is lost resumes elsewhere with the next command. Images, and
+tables that ``search.limits`` name, are read where it runs. They must exist
 there under the same path, and so must Python, torch and the other packages that hwnas
 imports, in the same versions.
 """
@@ -27,7 +27,7 @@ from hwnas.errors import ConfigError
 from hwnas.study.trainings import Event, Training, child, reason
 
 HOME_SECONDS = 30.0
-"""The shortest time between two transfers of a training's files from the cluster."""
+"""The shortest time between two transfers of a training run's files from the cluster."""
 
 CONNECT_SECONDS = 5.0
 """How long a cluster may take to accept a connection."""
@@ -41,7 +41,7 @@ checkpoint in the same folder.
 def on_cluster(
     trainings: Sequence[Training], config: StudyConfig, threads: int | None
 ) -> Generator[tuple[Training, Event], None, None]:
-    """Yield the events of the trainings, each a task of the cluster. Files that come
+    """Yield the events of the training runs, each a task of the cluster. Files that come
     back are written before the event that follows them.
     """
     assert config.ray_address is not None

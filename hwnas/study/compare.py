@@ -16,7 +16,7 @@ them would be too easy to beat.
 
 **The cost** of a search is counted in multiply-accumulates (search/cost_counter.py): it
 covers training the super-net, evaluating architectures, and the final ranking. It is
-expressed in standalone trainings, that is, ``standalone_epochs`` x
+expressed in standalone training runs, that is, ``standalone_epochs`` x
 ``standalone_images`` images, forward and backward (3 MACs for each MAC), of an
 architecture with the mean MACs of those in the budget. CPU seconds are also measured,
 but no result depends on them.
@@ -27,7 +27,7 @@ but no result depends on them.
    probability r / n.
 2. The best of k random architectures, each trained standalone, at the cost of the
    method: k = cost / standalone training, rounded up in favour of random search, so at
-   least 1. The selection sees one training of each architecture (each repeat of the
+   least 1. The selection sees one training run of each architecture (each repeat of the
    truth in turn). The result is the selected architecture's mean accuracy over all
    repeats, as for every other method. Its distribution is computed exactly; with a
    single repeat, P(rank r or better) = 1 - (1 - r / n)^k.
@@ -56,7 +56,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from hwnas.config import Experiment, MethodConfig, StudyConfig
+from hwnas.config import Experiment, MethodConfig, StudyConfig, with_new_keys
 from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
@@ -72,7 +72,7 @@ from hwnas.search.strategy import SearchContext
 from hwnas.study import metrics
 from hwnas.study.documents import (
     CompareStudy,
-    Estimate,
+    IntervalEstimate,
     MethodResult,
     PairwiseResult,
     RandomSearch,
@@ -184,7 +184,9 @@ def method_experiment(experiment: Experiment, method: MethodConfig, seed: int) -
     method's own keys are invalid.
     """
     settings = experiment.search.model_dump(mode="json", by_alias=True)
-    settings = merged(settings, method.search, replace=("finder", "optimizer"))
+    source = f"study.compare.methods, {method.name!r}"
+    method_settings = with_new_keys({"search": method.search}, source)["search"]
+    settings = merged(settings, method_settings, replace=("finder", "optimizer"))
     # The study computes random search exactly, so no search has to sample it.
     settings |= {"strategy": method.strategy.model_dump(mode="json"), "random_samples": 0}
     max_macs = experiment.study.compare.max_macs
@@ -201,9 +203,7 @@ def method_experiment(experiment: Experiment, method: MethodConfig, seed: int) -
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(
-            f"study.compare.methods, {method.name!r}: {explain(error, Experiment)}"
-        ) from error
+        raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
 
 
 def comparison_pool(experiment: Experiment, space: SearchSpace) -> ComparisonPool:
@@ -442,8 +442,8 @@ def _method_result(
 
 
 def chosen_by_random(pool: ComparisonPool, trainings: int) -> np.ndarray:
-    """The probability that a random search of ``trainings`` standalone trainings selects
-    each architecture: float [n]; see the module docstring.
+    """The probability that a random search of ``trainings`` standalone training runs
+    selects each architecture: float [n]; see the module docstring.
     """
     by_repeat = [metrics.best_of_random(accuracy, trainings) for accuracy in pool.accuracy_NR.T]
     mean: np.ndarray = np.mean(by_repeat, axis=0)
@@ -451,7 +451,7 @@ def chosen_by_random(pool: ComparisonPool, trainings: int) -> np.ndarray:
 
 
 def random_search(pool: ComparisonPool, trainings: int) -> RandomSearch:
-    """The exact result of a random search of ``trainings`` standalone trainings."""
+    """The exact result of a random search of ``trainings`` standalone training runs."""
     probability_N = chosen_by_random(pool, trainings)
     rank_N = np.array([pool.rank(accuracy) for accuracy in pool.mean_accuracy_N])
     order = np.argsort(rank_N, kind="stable")
@@ -469,7 +469,7 @@ def random_search(pool: ComparisonPool, trainings: int) -> RandomSearch:
 
 def _beats_random(
     config: StudyConfig, pool: ComparisonPool, outcomes: Sequence[SearchOutcome], trainings: int
-) -> Estimate:
+) -> IntervalEstimate:
     """The probability of beating random search. The result of random search is exact, so
     the bootstrap resamples only the method's seeds.
     """
@@ -482,12 +482,12 @@ def _accuracies(outcomes: Sequence[SearchOutcome]) -> np.ndarray:
     return np.array([outcome.accuracy for outcome in outcomes])
 
 
-def _win_estimate(config: StudyConfig, wins: np.ndarray) -> Estimate:
+def _win_estimate(config: StudyConfig, wins: np.ndarray) -> IntervalEstimate:
     """The mean of ``wins`` [M, N] with its bootstrap interval."""
     low, high = metrics.bootstrap_wins(
         wins, np.random.default_rng(0), config.bootstrap, config.confidence
     )
-    return Estimate(value=float(wins.mean()), low=low, high=high)
+    return IntervalEstimate(value=float(wins.mean()), low=low, high=high)
 
 
 def _pairwise_result(
@@ -525,7 +525,7 @@ def report_lines(study: CompareStudy) -> list[str]:
                 f"{method.name}: median true rank {method.rank:g} of {n} (by seed: {ranks}),"
                 f" {method.accuracy:.2%}; beats a random architecture"
                 f" {_chance(method.p_better_than_one, study.confidence)}, and random search by"
-                f" {method.equal.trainings} training{plural}"
+                f" {method.equal.trainings} training run{plural}"
                 f" (its cost: {method.cost:.3g}) {_chance(method.p_better_than_random)}"
             )
         for seed, reason in method.failed.items():
@@ -544,7 +544,7 @@ def _median_rank(method: MethodResult) -> float:
     return method.rank
 
 
-def _chance(estimate: Estimate, confidence: float | None = None) -> str:
+def _chance(estimate: IntervalEstimate, confidence: float | None = None) -> str:
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return "with unknown probability"
     prefix = "" if confidence is None else f"{confidence:.0%}: "

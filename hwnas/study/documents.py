@@ -25,7 +25,7 @@ METRICS = (
 """The names of the metrics of every score; see study/metrics.py."""
 
 
-class Estimate(Record):
+class IntervalEstimate(Record):
     """A metric with its bootstrap interval. ``value`` is None if the metric is undefined;
     ``low`` and ``high`` are None if there is no interval.
     """
@@ -35,7 +35,7 @@ class Estimate(Record):
     high: float | None = None
 
 
-class Spread(Record):
+class MeanStd(Record):
     """The mean and sample standard deviation of a metric over super-nets. ``std`` is
     None with fewer than two super-nets.
     """
@@ -46,26 +46,27 @@ class Spread(Record):
 
 class ScoreResult(Record):
     """How well a score ranks: metrics by name (``METRICS``), for each super-net in the
-    order of ``RankStudy.supernets``, and their spread over all super-nets.
+    order of ``RankStudy.supernets``, and their mean and standard deviation over all
+    super-nets.
     """
 
     name: str
-    supernets: tuple[dict[str, Estimate], ...]
-    spread: dict[str, Spread]
+    supernets: tuple[dict[str, IntervalEstimate], ...]
+    over_supernets: dict[str, MeanStd]
 
 
 class Gap(Record):
     """The optimisation gap: the mean accuracy in 0..1 of the scored networks with the
-    weights of the super-net, and when trained standalone (``alone``).
+    weights of the super-net, and when trained standalone.
     """
 
     supernet: float
-    alone: float
+    standalone: float
 
     @property
     def difference(self) -> float:
         """By how much standalone training is better."""
-        return self.alone - self.supernet
+        return self.standalone - self.supernet
 
 
 class SupernetResult(Record):
@@ -82,7 +83,7 @@ class SupernetResult(Record):
 
 
 class TruthInfo(Record):
-    """The ground truth and its noise: ``kendall`` is tau between repeated trainings of
+    """The ground truth and its noise: ``kendall`` is tau between repeated training runs of
     all its networks, ``kendall_top`` of the tenth with the best mean accuracy.
     """
 
@@ -111,6 +112,7 @@ class RankStudy(Document):
     """
 
     SCHEMA: ClassVar[str] = "hwnas.rank-study"
+    VERSION: ClassVar[int] = 2
 
     space: str
     space_sha256: str
@@ -133,6 +135,17 @@ class RankStudy(Document):
     failed_trainings: dict[str, str] = {}
     scores: tuple[ScoreResult, ...]
     points: tuple[Point, ...]
+
+    @classmethod
+    def migrate(cls, version: int, content: dict[str, Any]) -> dict[str, Any]:
+        """Replace the names of version 1."""
+        for supernet in content["supernets"]:
+            gap = supernet.get("gap")
+            if gap is not None:
+                gap["standalone"] = gap.pop("alone")
+        for score in content["scores"]:
+            score["over_supernets"] = score.pop("spread")
+        return content
 
 
 class SearchOutcome(Record):
@@ -157,8 +170,9 @@ class SearchOutcome(Record):
 
 
 class RandomSearch(Record):
-    """The exact result of random search with ``trainings`` standalone trainings: the mean
-    of its true rank and accuracy, and quantiles of the rank (``compare.QUANTILES``).
+    """The exact result of random search with ``trainings`` standalone training runs: the
+    mean of its true rank and accuracy, and quantiles of the rank
+    (``compare.QUANTILES``).
     """
 
     trainings: int
@@ -170,7 +184,7 @@ class RandomSearch(Record):
 class MethodResult(Record):
     """A method over its seeds. ``failed`` maps each seed without a result to the reason.
 
-    ``cost`` is the mean cost of its searches in standalone trainings.
+    ``cost`` is the mean cost of its searches in standalone training runs.
     ``p_better_than_one`` is the probability of beating one random architecture by true
     accuracy, ``p_better_than_random`` that of beating random search at equal or higher
     cost (``equal``).
@@ -185,8 +199,8 @@ class MethodResult(Record):
     regret: float | None = Field(None, description="median over seeds")
     cost: float | None = None
     equal: RandomSearch | None = None
-    p_better_than_one: Estimate = Estimate(value=None)
-    p_better_than_random: Estimate = Estimate(value=None)
+    p_better_than_one: IntervalEstimate = IntervalEstimate(value=None)
+    p_better_than_random: IntervalEstimate = IntervalEstimate(value=None)
 
 
 class PairwiseResult(Record):
@@ -196,14 +210,14 @@ class PairwiseResult(Record):
 
     first: str
     second: str
-    beats: Estimate
+    beats: IntervalEstimate
     p_value: float
 
 
 class CompareStudy(Document):
     """Whether search methods beat random search and each other; see study/compare.py.
 
-    ``standalone_macs`` is the cost of one standalone training of the mean architecture
+    ``standalone_macs`` is the cost of one standalone training run of the mean architecture
     in the budget.
     """
 
@@ -244,7 +258,7 @@ class CompareStudy(Document):
 
 
 class ShrinkStep(Document):
-    """One stage of shrinking: a super-net of ``size`` architectures was trained, its
+    """One round of shrinking: a super-net of ``size`` architectures was trained, its
     operators scored, and the worst of them dropped.
 
     ``scores`` are by choice and option. ``children`` is the number of sampled
@@ -267,7 +281,7 @@ class ShrinkStep(Document):
 
 
 class ShrinkPath(Document):
-    """How a metric shrank a space, stage by stage. The resulting space is in
+    """How a metric shrank a space, round by round. The resulting space is in
     ``space.json`` in the same folder.
     """
 
@@ -280,7 +294,7 @@ class ShrinkPath(Document):
     base_epochs: float = Field(
         0,
         description=(
-            "epochs of the first training after which the weights are the reference of its angle;"
+            "epochs of the first training run after which the weights are the reference of its angle;"
             " 0: the initial weights"
         ),
     )
@@ -315,7 +329,7 @@ class ShrinkCurve(Record):
 
 
 class Chance(Record):
-    """Many random shrinkings: by stage, the mean and the 5 % and 95 % quantiles of the
+    """Many random shrinkings: by round, the mean and the 5 % and 95 % quantiles of the
     mean true accuracy and of the part of the best tenth that is left.
     """
 

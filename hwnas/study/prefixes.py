@@ -25,7 +25,7 @@ from hwnas.core.ops import Op
 from hwnas.nn.bn import recalibrating
 from hwnas.nn.classifier import ClassificationNetwork
 
-PART_OF_MEMORY = 1 / 6
+MEMORY_FRACTION = 1 / 6
 """The part of the memory of this machine, or of its accelerator, for the maps that are
 kept (our choice). Two such sets are in use if networks are evaluated both with
 re-estimated BN statistics and with the existing ones. After the last block whose maps
@@ -45,7 +45,7 @@ def memory_for_maps(device: torch.device) -> int:
         limit = CGROUP.read_text().strip() if CGROUP.is_file() else ""
         if limit.isdigit():
             total = min(total, int(limit))
-    return int(PART_OF_MEMORY * total)
+    return int(MEMORY_FRACTION * total)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Prefixes:
     """
 
     def __init__(self, images: Maps, *, by_batch: bool = False, memory: int | None = None) -> None:
-        self.images, self.by_batch = images, by_batch
+        self.images = images
+        self.by_batch = by_batch
         self.memory = memory_for_maps(images.evaluated[0].device) if memory is None else memory
         self._kept: list[_Kept] = []
 
@@ -96,13 +97,15 @@ class Prefixes:
         """
         if network.arch.graph:
             return list(self._through(network, self.images).evaluated)
-        blocks, ops = list(network.blocks), list(network.arch.ops())
+        blocks = list(network.blocks)
+        ops = list(network.arch.ops())
         position = self._common(blocks, ops)
         del self._kept[position:]
         maps = self._kept[-1].maps if self._kept else self.images
         free = self.memory - sum(kept.size for kept in self._kept)
         while position < len(blocks):
-            block, op = blocks[position], ops[position]
+            block = blocks[position]
+            op = ops[position]
             size = maps.size(op)
             if size > free:
                 break

@@ -29,16 +29,16 @@ from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.study import metrics
 from hwnas.study.documents import (
     METRICS,
-    Estimate,
     Gap,
+    IntervalEstimate,
+    MeanStd,
     Point,
     RankStudy,
     ScoreResult,
-    Spread,
     SupernetResult,
 )
 from hwnas.study.scores import LOWER_IS_BETTER, Scorer
-from hwnas.study.supernets import Trained, base_epochs
+from hwnas.study.supernets import TrainedSupernet, base_epochs
 from hwnas.study.truth import Truth, configured_truth
 
 RESULT = "study.json"
@@ -65,7 +65,7 @@ def run(
     ctx: StageContext,
     space: SearchSpace,
     truth: Truth,
-    supernets: Sequence[Trained],
+    supernets: Sequence[TrainedSupernet],
     failed_trainings: Mapping[str, str],
 ) -> None:
     """Score the architectures by every super-net and write ``study.json``.
@@ -110,7 +110,11 @@ def run(
 
 
 def _scores(
-    ctx: StageContext, space: SearchSpace, truth: Truth, chosen: np.ndarray, trained: Trained
+    ctx: StageContext,
+    space: SearchSpace,
+    truth: Truth,
+    chosen: np.ndarray,
+    trained: TrainedSupernet,
 ) -> tuple[Rows, dict[str, str]]:
     """The scores of the ``chosen`` architectures by a super-net, and the reasons why some
     have none. Scores that the file of the super-net already holds are not recomputed.
@@ -160,7 +164,7 @@ def _scores(
     return rows, failed
 
 
-def _scores_sha256(experiment: Experiment, trained: Trained) -> str:
+def _scores_sha256(experiment: Experiment, trained: TrainedSupernet) -> str:
     """The hash of everything that the scores of an architecture depend on."""
     search = experiment.search
     inputs = {
@@ -188,7 +192,7 @@ def _blocks(space: SearchSpace, picks: Picks) -> tuple[int, list[str]]:
     return arch.resolution, [op.key for op in arch.ops()]
 
 
-def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Scorer:
+def _scorer(experiment: Experiment, space: SearchSpace, trained: TrainedSupernet) -> Scorer:
     supernet = load_supernet(trained.path, space)
     if not experiment.search.recalibration_images and not supernet.config.bn_track:
         raise ConfigError(
@@ -203,14 +207,14 @@ def _scorer(experiment: Experiment, space: SearchSpace, trained: Trained) -> Sco
 
 
 def _supernet_result(
-    truth: Truth, trained: Trained, rows: Rows, failed: dict[str, str]
+    truth: Truth, trained: TrainedSupernet, rows: Rows, failed: dict[str, str]
 ) -> SupernetResult:
     gap = None
     if rows and all("accuracy" in row for row in rows.values()):
-        standalone = dict(zip(truth.names, truth.mean, strict=True))
+        accuracies = dict(zip(truth.names, truth.mean, strict=True))
         gap = Gap(
             supernet=float(np.mean([row["accuracy"] for row in rows.values()])),
-            alone=float(np.mean([standalone[name] for name in rows])),
+            standalone=float(np.mean([accuracies[name] for name in rows])),
         )
     return SupernetResult(
         seed=trained.seed,
@@ -242,11 +246,16 @@ def _score_results(
                 macs_N = _column(rows, "macs") if "macs" in config.scores else None
                 per_supernet.append(estimates(config, score_N, truth_N, macs_N))
                 task.advance()
-            spread = {}
+            over_supernets = {}
             for metric in METRICS:
-                spread[metric] = _spread([result[metric].value for result in per_supernet])
+                values = [result[metric].value for result in per_supernet]
+                over_supernets[metric] = _mean_and_std(values)
             results.append(
-                ScoreResult(name="+".join(names), supernets=tuple(per_supernet), spread=spread)
+                ScoreResult(
+                    name="+".join(names),
+                    supernets=tuple(per_supernet),
+                    over_supernets=over_supernets,
+                )
             )
     return tuple(results)
 
@@ -261,7 +270,7 @@ def _column(rows: Rows, name: ScoreName) -> np.ndarray:
 
 def estimates(
     config: StudyConfig, score_N: np.ndarray, truth_N: np.ndarray, macs_N: np.ndarray | None = None
-) -> dict[str, Estimate]:
+) -> dict[str, IntervalEstimate]:
     """Every metric of a score [N] (higher is better) with its interval.
 
     Without ``macs_N`` [N] there is no baseline, and ``over_macs`` is undefined.
@@ -291,7 +300,7 @@ def estimates(
                 scores = np.stack([score_N, macs_N], axis=1)
         value = functions[name](scores, truth_N) if defined else math.nan
         if not math.isfinite(value):
-            results[name] = Estimate(value=None)
+            results[name] = IntervalEstimate(value=None)
             continue
         # The same seed every time: all scores and metrics see the same resamples.
         rng = np.random.default_rng(0)
@@ -299,7 +308,7 @@ def estimates(
             functions[name], scores, truth_N, rng, config.bootstrap, config.confidence
         )
         low, high = interval or (None, None)
-        results[name] = Estimate(value=value, low=low, high=high)
+        results[name] = IntervalEstimate(value=value, low=low, high=high)
     return results
 
 
@@ -308,12 +317,12 @@ def _kendall_difference(scores_N2: np.ndarray, truth_N: np.ndarray) -> float:
     return metrics.kendall(scores_N2[:, 0], truth_N) - metrics.kendall(scores_N2[:, 1], truth_N)
 
 
-def _spread(values: Sequence[float | None]) -> Spread:
+def _mean_and_std(values: Sequence[float | None]) -> MeanStd:
     defined = [value for value in values if value is not None]
     if not defined:
-        return Spread(mean=None)
+        return MeanStd(mean=None)
     std = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
-    return Spread(mean=float(np.mean(defined)), std=std)
+    return MeanStd(mean=float(np.mean(defined)), std=std)
 
 
 def _points(truth: Truth, chosen: np.ndarray, tables: Sequence[Rows]) -> tuple[Point, ...]:
@@ -323,7 +332,9 @@ def _points(truth: Truth, chosen: np.ndarray, tables: Sequence[Rows]) -> tuple[P
         name = truth.names[i]
         rows = [table[name] for table in tables if name in table]
         if rows:
-            means = {score: float(np.mean([row[score] for row in rows])) for score in rows[0]}
+            means = {}
+            for score in rows[0]:
+                means[score] = float(np.mean([row[score] for row in rows]))
             points.append(Point(name=name, truth=float(truth.mean[i]), scores=means))
     return tuple(points)
 
@@ -336,7 +347,7 @@ def lines(study: RankStudy) -> list[str]:
         if study.truth.kendall_top is not None:
             top = f", {study.truth.kendall_top:.3f} in the best tenth"
         report.append(
-            f"tau between repeated trainings of the {study.truth.networks} networks:"
+            f"tau between repeated training runs of the {study.truth.networks} networks:"
             f" {study.truth.kendall:.3f}{top}"
         )
     for result in study.scores:
@@ -346,7 +357,7 @@ def lines(study: RankStudy) -> list[str]:
             gap = supernet.gap
             report.append(
                 f"seed {supernet.seed}: accuracy {gap.supernet:.1%} by the super-net,"
-                f" {gap.alone:.1%} standalone, a gap of {gap.difference:.1%}"
+                f" {gap.standalone:.1%} standalone, a gap of {gap.difference:.1%}"
             )
         if supernet.failed:
             report.append(
@@ -369,15 +380,17 @@ def _score_line(result: ScoreResult, confidence: float) -> str:
     over_macs = ""
     if gain.low is not None and result.name != "macs":
         over_macs = f", over MACs {gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
-    spread = result.spread["kendall"]
+    all_nets = result.over_supernets["kendall"]
     over_all = ""
-    if spread.std is not None:
-        over_all = f"; over {len(result.supernets)} super-nets {spread.mean:.3f} ± {spread.std:.3f}"
+    if all_nets.std is not None:
+        over_all = (
+            f"; over {len(result.supernets)} super-nets {all_nets.mean:.3f} ± {all_nets.std:.3f}"
+        )
     return f"{result.name}: tau {value}{interval}{over_macs}{over_all}"
 
 
-def _first_defined(result: ScoreResult, metric: str) -> Estimate:
+def _first_defined(result: ScoreResult, metric: str) -> IntervalEstimate:
     for by_metric in result.supernets:
         if by_metric[metric].value is not None:
             return by_metric[metric]
-    return Estimate(value=None)
+    return IntervalEstimate(value=None)

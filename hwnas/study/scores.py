@@ -37,7 +37,7 @@ from hwnas.core.arch import Picks
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import Supernet, resized
 from hwnas.search.angle import Angles, weights
-from hwnas.search.evaluator import SupernetEvaluator, placed
+from hwnas.search.evaluator import SupernetEvaluator, to_network_input
 from hwnas.study.prefixes import Maps, Prefixes
 
 LOWER_IS_BETTER = ("loss",)
@@ -57,7 +57,8 @@ class Scorer:
         initial: Supernet,
         base: Supernet | None = None,
     ) -> None:
-        self.evaluator, self.supernet = evaluator, trained
+        self.evaluator = evaluator
+        self.supernet = trained
         self.initial = initial.eval()
         self.angles = Angles(base or self.initial, self.supernet)
         self._prefixes: dict[tuple[int, bool], Prefixes] = {}
@@ -74,7 +75,9 @@ class Scorer:
         }
 
     def score(self, picks: Picks, names: Sequence[ScoreName]) -> dict[str, float]:
-        """The named scores of an architecture. Raises ArithmeticError if one is not finite."""
+        """The named scores of an architecture. Raises ArithmeticError if one is not
+        finite.
+        """
         scores: dict[str, float] = {}
         for name in names:
             # One calculation may give several scores, for instance accuracy and loss.
@@ -111,8 +114,11 @@ class Scorer:
             recalibration = self.evaluator.recalibration() if recalibrated else ()
             device = _device(self.supernet)
             images = Maps(
-                [placed(x_NCHW, device, size) for x_NCHW, _ in recalibration],
-                [placed(x_NCHW, device, size) for x_NCHW, _ in self.evaluator.evaluation()],
+                [to_network_input(x_NCHW, device, size) for x_NCHW, _ in recalibration],
+                [
+                    to_network_input(x_NCHW, device, size)
+                    for x_NCHW, _ in self.evaluator.evaluation()
+                ],
             )
             self._prefixes[size, recalibrated] = Prefixes(
                 images, by_batch=not recalibrated and not self.supernet.config.bn_track

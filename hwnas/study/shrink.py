@@ -8,19 +8,20 @@ and continues with its own, shrunk super-nets. Folders:
         initial.safetensors         its weights W0 at initialisation (or after base_epochs)
         shared.safetensors          its trained weights W
         alphas.json                 its trained architecture parameters alpha
-    shrink-<metric>/stage-<n>/  n = 0: scored by the first super-net
-                                n > 0: by one trained on the space left by stage n - 1
+    shrink-<metric>/stage-<n>/  round n; n = 0: scored by the first super-net
+                                n > 0: by one trained on the space left by round n - 1
         initial.safetensors  shared.safetensors  alphas.json
-                                    W0, W and alpha on the space of this stage
+                                    W0, W and alpha on the space of this round
         step.json                   scores and dropped operators
         space.json                  the space after the drops
     shrink-<metric>/            the result of a metric
         space.json                  the final space
-        path.json                   all stages
+        path.json                   all rounds
     shrink/shrink.json          the comparison of the metrics
 
-A stage with a step.json is finished. An interrupted training resumes from its
-checkpoint.
+A round with a step.json is finished. An interrupted training run resumes from its
+checkpoint. The folders keep the name of the first release, so that an interrupted study
+resumes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ STEP = "step.json"
 
 @dataclass(frozen=True)
 class _Inherited:
-    """What a stage inherits from the one before: its super-nets W0 and W, and its alpha."""
+    """What a round inherits from the one before: its super-nets W0 and W, and its alpha."""
 
     initial: Supernet
     trained: Supernet
@@ -80,7 +81,7 @@ class _Inherited:
 
 @dataclass(frozen=True)
 class _SupernetTraining:
-    """The training of a stage's super-net into ``folder``.
+    """The training run of a round's super-net into ``folder``.
 
     ``inherited`` is None for the first super-net, which starts from random weights.
     """
@@ -94,11 +95,11 @@ class _SupernetTraining:
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """One stage of a metric's shrinking: its number, the space that it shrinks, and its
+class _Round:
+    """One round of a metric's shrinking: its number, the space that it shrinks, and its
     folder.
 
-    ``dropped`` is the number of operators that earlier stages have dropped.
+    ``dropped`` is the number of operators that earlier rounds have dropped.
     ``refreshed`` says whether one of them has replaced W0 by W.
     """
 
@@ -140,7 +141,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
     metrics = [metric(name) for name in config.metrics]
     if not any(each.trains for each in metrics):
         return
-    if not strategy.shares or strategy.mixes:
+    if not strategy.shares_weights or strategy.mixes_options:
         raise ConfigError(
             f"strategy {search.strategy.name!r} does not train single paths of a super-net, which"
             " shrinking needs: use spos or fairnas."
@@ -169,7 +170,7 @@ def wants_alphas(config: ShrinkConfig) -> bool:
 
 
 def outputs_of_first(config: ShrinkConfig) -> list[str]:
-    """The names of the files that the first training writes."""
+    """The names of the files that the first training run writes."""
     files = [INITIAL, SUPERNET_FILE]
     if wants_alphas(config):
         files.append(ALPHAS)
@@ -177,8 +178,8 @@ def outputs_of_first(config: ShrinkConfig) -> list[str]:
 
 
 def first_sha256(experiment: Experiment) -> str:
-    """The hash of all settings that the first training depends on, except for the space,
-    the seed and the images. Settings that only scoring uses are left out.
+    """The hash of all settings that the first training run depends on, except for the
+    space, the seed and the images. Settings that only scoring uses are left out.
     """
     config = experiment.shrink
     ignored = {"recalibration_images", "evaluation_images", "limits", "epochs"}
@@ -210,7 +211,7 @@ def train_first(ctx: StageContext, space: SearchSpace) -> None:
 def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) -> None:
     """Shrink ``space`` by the metric ``name``, and write ``space.json`` and ``path.json``.
 
-    ``first`` is the folder of the first training; None if the metric needs none.
+    ``first`` is the folder of the first training run; None if the metric needs none.
     """
     config = ctx.experiment.shrink
     shrink_metric = metric(name)
@@ -221,7 +222,7 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
         folder = ctx.folder / f"stage-{number}"
         folder.mkdir(exist_ok=True)
         if not (folder / STEP).exists():
-            stage = _Stage(
+            current = _Round(
                 metric=name,
                 number=number,
                 space=present,
@@ -235,11 +236,11 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
                 if number > 0 and not (folder / SUPERNET_FILE).exists():
                     before = first if number == 1 else ctx.folder / f"stage-{number - 1}"
                     assert before is not None
-                    _train_stage(ctx, stage, before, steps[-1].refreshed)
-            _score(ctx, stage, trained)
+                    _train_round(ctx, current, before, steps[-1].refreshed)
+            _score(ctx, current, trained)
         step = ShrinkStep.load(folder / STEP)
         steps.append(step)
-        # Nothing may be dropped any more (shrink.keep): a further stage would be the same.
+        # Nothing may be dropped any more (shrink.keep): a further round would be the same.
         if not step.dropped:
             break
         present = parse_space(read_bytes(folder / SPACE), str(folder / SPACE))
@@ -256,71 +257,75 @@ def run(ctx: StageContext, space: SearchSpace, name: str, first: Path | None) ->
     ).save(ctx.folder / PATH)
 
 
-def _train_stage(ctx: StageContext, stage: _Stage, before: Path, refreshed: bool) -> None:
-    """Train the super-net of a stage from that in ``before``. ``refreshed``: W replaces W0."""
-    with_alphas = metric(stage.metric).alphas
+def _train_round(ctx: StageContext, current: _Round, before: Path, refreshed: bool) -> None:
+    """Train the super-net of a round from that in ``before``. ``refreshed``: W replaces
+    W0.
+    """
+    with_alphas = metric(current.metric).alphas
     training = _SupernetTraining(
-        space=stage.space,
-        folder=stage.folder,
-        number=stage.number,
+        space=current.space,
+        folder=current.folder,
+        number=current.number,
         inherited=_inherited(before, with_alphas, refreshed),
         with_alphas=with_alphas,
-        description=f"{stage.metric}: training a super-net of {format_count(stage.space.size)}",
+        description=f"{current.metric}: training a super-net of {format_count(current.space.size)}",
     )
     _train(ctx, training)
 
 
-def _score(ctx: StageContext, stage: _Stage, trained: Path | None) -> None:
-    """Score the operators of a stage, drop the worst, and write the space that is left.
+def _score(ctx: StageContext, current: _Round, trained: Path | None) -> None:
+    """Score the operators of a round, drop the worst, and write the space that is left.
 
     ``trained`` is the folder of the super-net; None if the metric needs none.
     """
-    experiment = _at_resolution(ctx.experiment, stage.space)
+    experiment = _at_resolution(ctx.experiment, current.space)
     config = ctx.experiment.shrink
-    shrink_metric = metric(stage.metric)
+    shrink_metric = metric(current.metric)
     # The last number keeps this stream apart from those of alpha (3) and of the random
     # shrinkings in shrink_eval.py (4).
-    rng = np.random.default_rng([experiment.seed, stage.number, 2])
-    context = MetricContext(stage.space, rng, progress=ctx.progress)
+    rng = np.random.default_rng([experiment.seed, current.number, 2])
+    context = MetricContext(current.space, rng, progress=ctx.progress)
     if shrink_metric.samples:
         samples = config.samples
         if shrink_metric.evaluates and config.evaluated_samples is not None:
             samples = config.evaluated_samples
-        context.children = sample_children(stage.space, config, samples, rng)
+        context.children = sample_children(current.space, config, samples, rng)
     if trained is not None:
         context.initial = read_supernet(trained / INITIAL).to(best_device())
         context.trained = read_supernet(trained / SUPERNET_FILE).to(best_device())
         context.evaluator = SupernetEvaluator(context.trained, experiment)
         # Evaluations are kept in a file, so that an interrupted scoring resumes.
-        context.evaluator.keep(stage.folder / EVALUATIONS)
+        context.evaluator.keep(current.folder / EVALUATIONS)
         if shrink_metric.alphas:
             context.alphas = _read_alphas(trained)
 
     scores = shrink_metric.scores(context)
-    drops = select_drops(stage.space, scores, config)
-    name = f"{_original_name(stage.space.name, stage.metric)}-{stage.metric}-{stage.number + 1}"
-    shrunk = remove_operators(stage.space, drops, name)
+    drops = select_drops(current.space, scores, config)
+    original = _original_name(current.space.name, current.metric)
+    name = f"{original}-{current.metric}-{current.number + 1}"
+    shrunk = remove_operators(current.space, drops, name)
     refreshes = (
         config.refresh_after is not None
-        and not stage.refreshed
-        and stage.dropped + len(drops) > config.refresh_after
+        and not current.refreshed
+        and current.dropped + len(drops) > config.refresh_after
     )
     by_choice: dict[str, dict[str, float]] = {}
-    for key, option in operators(stage.space):
+    for key, option in operators(current.space):
         if (key, option) in scores:
             by_choice.setdefault(key, {})[option] = scores[key, option]
 
-    # step.json comes last: it marks the stage as finished.
-    shrunk.save(stage.folder / SPACE)
-    operation_on, params = None, None
+    # step.json comes last: it marks the round as finished.
+    shrunk.save(current.folder / SPACE)
+    operation_on = None
+    params = None
     if context.trained is not None:
         operation_on = context.trained.config.operation_on
         params = sum(weight.numel() for weight in context.trained.parameters())
     epochs = 0.0
     if shrink_metric.trains:
-        epochs = config.epochs if stage.number else config.first_epochs
+        epochs = config.epochs if current.number else config.first_epochs
     ShrinkStep(
-        size=stage.space.size,
+        size=current.space.size,
         epochs=epochs,
         operation_on=operation_on,
         params=params,
@@ -329,11 +334,11 @@ def _score(ctx: StageContext, stage: _Stage, trained: Path | None) -> None:
         dropped=tuple(drops),
         size_after=shrunk.size,
         refreshed=refreshes,
-    ).save(stage.folder / STEP)
+    ).save(current.folder / STEP)
     ctx.progress.info(
-        f"{stage.metric}, stage {stage.number}: {len(drops)} of {len(scores)} scored operators"
+        f"{current.metric}, round {current.number}: {len(drops)} of {len(scores)} scored operators"
         f" dropped ({', '.join(f'{key} {option}' for key, option in drops)}; a choice's last"
-        f" operator stays, and is not scored); {format_count(stage.space.size)} architectures ->"
+        f" operator is kept and not scored); {format_count(current.space.size)} architectures ->"
         f" {format_count(shrunk.size)}"
     )
 
@@ -344,7 +349,9 @@ def _original_name(space: str, name: str) -> str:
 
 
 def _inherited(before: Path, alphas: bool, refreshed: bool) -> _Inherited:
-    """What is in the folder ``before`` of the stage before. ``refreshed``: W replaces W0."""
+    """What is in the folder ``before`` of the previous round. ``refreshed``: W replaces
+    W0.
+    """
     trained = read_supernet(before / SUPERNET_FILE)
     initial = trained if refreshed else read_supernet(before / INITIAL)
     return _Inherited(initial, trained, _read_alphas(before) if alphas else {})
@@ -372,11 +379,13 @@ def _at_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
 
 
 def _train(ctx: StageContext, training: _SupernetTraining) -> None:
-    """Train the super-net of a stage and save it, together with its W0. An interrupted
-    training resumes.
+    """Train the super-net of a round and save it, together with its W0. An interrupted
+    training run resumes.
     """
     config = ctx.experiment.shrink
-    space, folder, inherited = training.space, training.folder, training.inherited
+    space = training.space
+    folder = training.folder
+    inherited = training.inherited
     experiment = _training_experiment(ctx.experiment, space, training.number)
     # Shrinking has no budget: half-way through the range of MACs stands in for the target
     # that a search context needs.
@@ -393,7 +402,8 @@ def _train(ctx: StageContext, training: _SupernetTraining) -> None:
     )
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, folder)
-    engine, supernet = prepared.engine, prepared.evaluator.supernet
+    engine = prepared.engine
+    supernet = prepared.evaluator.supernet
     if inherited is not None:
         initial = make_supernet(space, torch.Generator().manual_seed(0), supernet.config)
         initial.copy_weights(inherited.initial)
@@ -407,7 +417,7 @@ def _train(ctx: StageContext, training: _SupernetTraining) -> None:
         )
         if inherited is not None:
             _inherit_alphas(space, inherited.alphas, alphas)
-        # Alphas are part of the checkpoint, or a resumed training would restart them.
+        # Alphas are part of the checkpoint, or a resumed run would restart them.
         engine.extra = {**engine.extra, "alphas": alphas}
 
     def step(number: int) -> Metrics:
@@ -418,7 +428,7 @@ def _train(ctx: StageContext, training: _SupernetTraining) -> None:
             metrics |= {"held_out_loss": float(held_out.detach()), "entropy": alphas.entropy()}
         return metrics
 
-    # A later stage inherits its W0, which is saved already.
+    # A later round inherits its W0, which is saved already.
     base = None
     if inherited is None:
         base = base_step(config.base_epochs, config.first_epochs, engine.steps)
@@ -427,16 +437,16 @@ def _train(ctx: StageContext, training: _SupernetTraining) -> None:
     engine.fit(saving_step, ctx.progress, training.description)
     if alphas is not None:
         _write_alphas(folder, space, alphas)
-    # Last, because this file marks the training of a stage as finished.
+    # Last, because this file marks the training of a round as finished.
     supernet.save(folder / SUPERNET_FILE)
     engine.finish()
 
 
 def _training_experiment(experiment: Experiment, space: SearchSpace, number: int) -> Experiment:
-    """The experiment that trains the super-net of stage ``number``."""
+    """The experiment that trains the super-net of round ``number``."""
     config = experiment.shrink
     levels = config.operation_on or (experiment.search.supernet.operation_on,)
-    # Stages beyond the last level stay at that level.
+    # Rounds beyond the last level stay at that level.
     level = levels[min(number, len(levels) - 1)]
     update = {
         "epochs": config.epochs if number else config.first_epochs,
@@ -446,7 +456,7 @@ def _training_experiment(experiment: Experiment, space: SearchSpace, number: int
     return _at_resolution(experiment, space).model_copy(
         update={
             "search": experiment.search.model_copy(update=update),
-            # Another seed for each stage, so that it sees other batches and paths.
+            # Another seed for each round, so that it sees other batches and paths.
             "seed": (experiment.seed + 7919 * number) % 2**31,
         }
     )

@@ -93,7 +93,7 @@ def _options(space: SearchSpace, truth: Truth, key: str) -> list[str | None]:
     """The option of every network at a choice; None if the network does not use it."""
     options: list[str | None] = []
     for picks in truth.picks:
-        options.append(str(picks[key]) if space.kept(key, picks) else None)
+        options.append(str(picks[key]) if space.is_kept(key, picks) else None)
     return options
 
 
@@ -124,7 +124,7 @@ def compare(ctx: StageContext, space: SearchSpace, truth: Truth | None) -> None:
 
 
 def curve(known: Known, name: str, steps: Sequence[ShrinkStep]) -> ShrinkCurve:
-    """What each stage of a shrinking has left, starting with the full space."""
+    """What each round of a shrinking has left, starting with the full space."""
     dropped: list[Operator] = []
     remaining = [known.remaining(known.left(()))]
     taus = []
@@ -156,24 +156,24 @@ def oracle(known: Known, space: SearchSpace, config: ShrinkConfig) -> ShrinkCurv
 def chance(known: Known, space: SearchSpace, config: ShrinkConfig, seed: int) -> Chance:
     """Random shrinking, ``REPEATS`` times, until none of the runs has known networks left.
 
-    A run that ended earlier counts with its last stage from then on.
+    A run that ended earlier counts with its last round from then on.
     """
     runs = []
     for repeat in range(REPEATS):
         score = partial(_random_scores, np.random.default_rng([seed, repeat, 4]))
         runs.append(_simulated(known, space, config, score))
-    stages = max(map(len, runs))
-    padded = [run + [run[-1]] * (stages - len(run)) for run in runs]
+    rounds = max(map(len, runs))
+    padded = [run + [run[-1]] * (rounds - len(run)) for run in runs]
 
     mean_bands = []
     tenth_bands = []
-    for stage in range(stages):
-        at_stage = [run[stage] for run in padded]
-        means = [remaining.mean for remaining in at_stage if remaining.mean is not None]
+    for i in range(rounds):
+        at_round = [run[i] for run in padded]
+        means = [remaining.mean for remaining in at_round if remaining.mean is not None]
         if not means:
             break
         mean_bands.append(_band(means))
-        tenth_bands.append(_band([remaining.best_tenth or 0.0 for remaining in at_stage]))
+        tenth_bands.append(_band([remaining.best_tenth or 0.0 for remaining in at_round]))
     return Chance(repeats=REPEATS, mean=tuple(mean_bands), best_tenth=tuple(tenth_bands))
 
 
@@ -197,11 +197,11 @@ def _simulated(
     config: ShrinkConfig,
     score: Callable[[list[Operator], np.ndarray], Mapping[Operator, float]],
 ) -> list[Remaining]:
-    """The stages of a shrinking by ``score`` (operators, remaining networks) -> scores,
+    """The rounds of a shrinking by ``score`` (operators, remaining networks) -> scores,
     which needs no super-net.
     """
     dropped: list[Operator] = []
-    stages = [known.remaining(known.left(()))]
+    rounds = [known.remaining(known.left(()))]
     present = space
     while present.size > config.until and shrinkable(present):
         scores = score(operators(present), known.left(dropped))
@@ -210,8 +210,8 @@ def _simulated(
             break
         dropped += drops
         present = remove_operators(present, drops, space.name)
-        stages.append(known.remaining(known.left(dropped)))
-    return stages
+        rounds.append(known.remaining(known.left(dropped)))
+    return rounds
 
 
 def shown(name: str) -> str:

@@ -19,7 +19,7 @@ from hwnas.search import STRATEGIES
 from hwnas.search.result import SearchResult
 from hwnas.search.stage import prepare, search_context, search_strategy
 from hwnas.search.strategy import Metrics
-from hwnas.search.supernets import SUPERNET_FILE, trained_supernet
+from hwnas.search.supernets import SUPERNET_FILE, supernet_path
 from hwnas.task import task_of
 
 EVAL_ONLY_KEYS = (
@@ -41,7 +41,7 @@ Step = Callable[[int], Metrics]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedSupernet:
     """The file of a trained super-net, the seed that initialised it, and the strategy
     that trained it.
 
@@ -53,6 +53,10 @@ class Trained:
     path: Path
     strategy: str
     base: Path | None = None
+
+
+Trained = TrainedSupernet
+"""The old name; ``hwnas.studies`` still uses it."""
 
 
 def training(experiment: Experiment, seed: int) -> Experiment:
@@ -104,7 +108,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
             f"study.base_epochs = {base:g} is not below search.epochs = {config.epochs:g}:"
             " lower it."
         )
-    if not experiment.study.supernets and not STRATEGIES.get(config.strategy.name).shares:
+    if not experiment.study.supernets and not STRATEGIES.get(config.strategy.name).shares_weights:
         raise ConfigError(
             f"strategy {config.strategy.name!r} trains networks that share no weights, so there is"
             " no super-net to study: choose another."
@@ -119,7 +123,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
 
 def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> None:
     """Train the super-net of ``ctx.experiment`` (see ``training``) and write
-    ``shared.safetensors``. An interrupted training resumes.
+    ``shared.safetensors``. An interrupted training run resumes.
     """
     experiment = ctx.experiment.model_copy(
         update={"data": ctx.experiment.data.at(space.resolution)}
@@ -127,7 +131,8 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
     search = search_context(experiment, space, table)
     search.progress = ctx.progress
     prepared = prepare(experiment, space, search, ctx.folder)
-    engine, supernet = prepared.engine, prepared.evaluator.supernet
+    engine = prepared.engine
+    supernet = prepared.evaluator.supernet
     base = base_epochs(experiment)
     saved_at = base_step(base, experiment.search.epochs, engine.steps) if base else None
     step = saving_at(prepared.step, saved_at, supernet, ctx.folder / BASE_FILE)
@@ -142,7 +147,7 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
 
 
 def outputs(experiment: Experiment) -> list[str]:
-    """The names of the files that a training writes."""
+    """The names of the files that a training run writes."""
     return [SUPERNET_FILE, BASE_FILE] if base_epochs(experiment) else [SUPERNET_FILE]
 
 
@@ -152,7 +157,9 @@ def base_epochs(experiment: Experiment) -> float:
 
 
 def base_step(base_epochs: float, epochs: float, steps: int) -> int:
-    """The first step after ``base_epochs`` of ``epochs``, in a training of ``steps``."""
+    """The first step after ``base_epochs`` of ``epochs``, in a training run of
+    ``steps``.
+    """
     return min(steps - 1, round(steps * base_epochs / epochs))
 
 
@@ -167,11 +174,11 @@ def saving_at(step: Step, at: int | None, supernet: GatedNetworks, path: Path) -
     return saving_step
 
 
-def earlier(folder: str) -> Trained:
+def earlier(folder: str) -> TrainedSupernet:
     """The super-net of the search in ``folder``. Raises ConfigError if there is none, or
     the search is not finished.
     """
-    path = trained_supernet(folder, "study.supernets")
+    path = supernet_path(folder, "study.supernets")
     result_path = path.parent / "search.json"
     if not result_path.is_file():
         raise ConfigError(
@@ -179,4 +186,4 @@ def earlier(folder: str) -> Trained:
             " search first."
         )
     result = SearchResult.load(result_path)
-    return Trained(result.seed, path, result.strategy)
+    return TrainedSupernet(result.seed, path, result.strategy)

@@ -57,8 +57,8 @@ EVENT_SECONDS = 0.5
 """The shortest time between two progress events of a training in another process."""
 
 Event = dict[str, Any]
-"""An event of a training: ``event`` is begin, advance, end, say, detail, warn, files,
-done or failed.
+"""An event of a training: ``event`` is begin, advance, end, info, debug, warning,
+files, done or failed.
 """
 
 
@@ -257,11 +257,11 @@ class _Line:
             )
         elif kind == "advance" and self.bar is not None:
             self.bar.advance(event["steps"], event["note"])
-        elif kind == "say":
+        elif kind == "info":
             self.messages.info(event["text"])
-        elif kind == "detail":
+        elif kind == "debug":
             self.messages.debug(event["text"])
-        elif kind == "warn":
+        elif kind == "warning":
             self.messages.warning(event["text"])
         elif kind == "done":
             self.messages.info(f"done in {event['seconds']:.0f} s")
@@ -395,13 +395,13 @@ class _EventProgress(Progress):
         self.write({"event": "end"})
 
     def info(self, message: str) -> None:
-        self.write({"event": "say", "text": message})
+        self.write({"event": "info", "text": message})
 
     def debug(self, message: str) -> None:
-        self.write({"event": "detail", "text": message})
+        self.write({"event": "debug", "text": message})
 
     def warning(self, message: str) -> None:
-        self.write({"event": "warn", "text": message})
+        self.write({"event": "warning", "text": message})
 
 
 class _EventTask(Task):

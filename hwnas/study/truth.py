@@ -13,8 +13,8 @@ architectures to an accuracy, a list of accuracies, or an object with accuracies
   ``arch_str`` is accepted as well; genotypes of DARTS; matrix and ops of NAS-Bench-101
   as JSON).
 
-Repeated trainings (``acc1``, ``acc2``, ... or a list) are averaged; they also show how
-far two trainings of the same networks agree. The mean is less noisy than one training,
+Repeated training runs (``acc1``, ``acc2``, ... or a list) are averaged; they also show how
+far two training runs of the same networks agree. The mean is less noisy than one run,
 so a score may agree with it a little better. Accuracies are in 0..1, or percentages if
 any of them is above 1.
 """
@@ -132,7 +132,8 @@ def configured_truth(config: StudyConfig, space: SearchSpace) -> Truth:
 
 def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()) -> Truth:
     """The architectures and accuracies of a file. ``columns`` names the columns of
-    accuracies, one for each repeated training; without it they are recognised by name.
+    accuracies, one for each repeated training run; without it they are recognised by
+    name.
 
     Raises TableError with the line or architecture of an error, or DocumentError if the
     file does not exist.
@@ -147,31 +148,31 @@ def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()
     picks: list[Picks] = []
     accuracies: list[list[float]] = []
     seen: dict[bytes, str] = {}
-    for place, name, values in rows:
+    for location, name, values in rows:
         try:
             architecture = space.read(name)
         except UserError as error:
-            raise source.wrong(f"{place}: {error}") from error
+            raise source.wrong(f"{location}: {error}") from error
         # Different picks can build the same network, which would then count twice.
         network = space.canonical(space.index(architecture)).tobytes()
         if network in seen:
             raise source.wrong(
-                f"{place}: {name} is the same network as {seen[network]}: keep one of them."
+                f"{location}: {name} is the same network as {seen[network]}: keep one of them."
             )
         if accuracies and len(values) != len(accuracies[0]):
             raise source.wrong(
-                f"{place}: there are {len(values)} accuracies of {name}, but {len(accuracies[0])}"
-                f" of {names[0]}: give the same number for both."
+                f"{location}: there are {len(values)} accuracies of {name}, but"
+                f" {len(accuracies[0])} of {names[0]}: give the same number for both."
             )
         if not values:
-            raise source.wrong(f"{place}: there is no accuracy of {name}: give one or more.")
+            raise source.wrong(f"{location}: there is no accuracy of {name}: give one or more.")
         seen[network] = name
         names.append(name)
         picks.append(architecture)
         accuracies.append([source.number(value, f"the accuracy of {name}") for value in values])
     if len(names) < 2:
         raise source.wrong(
-            f"holds {len(names)} architectures, and a ranking needs two or more: add some."
+            f"contains {len(names)} architectures, and a ranking needs two or more: add some."
         )
     accuracy_NR = np.array(accuracies, dtype=float)
     if accuracy_NR.max() > 1:
@@ -187,7 +188,7 @@ def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()
 
 
 _Row = tuple[str, str, list[Any]]
-"""Where a row is in the file, its architecture, and its accuracies."""
+"""The location of a row in the file, its architecture, and its accuracies."""
 
 
 def _csv_rows(source: Source, columns: Sequence[str]) -> tuple[tuple[str, ...], Iterator[_Row]]:
@@ -212,13 +213,16 @@ def _csv_rows(source: Source, columns: Sequence[str]) -> tuple[tuple[str, ...], 
     for number, row in rows:
         if len(row) <= max(name_column, *accuracy_columns):
             raise source.wrong(
-                f"line {number}: there are {len(row)} cells, too few for the columns of the header:"
-                " complete it."
+                f"line {number}: it has {len(row)} cells, fewer than the header needs: complete the"
+                " line."
             )
-    return used, (
-        (f"line {number}", row[name_column].strip(), [row[column] for column in accuracy_columns])
-        for number, row in rows
-    )
+
+    def located_rows() -> Iterator[_Row]:
+        for number, row in rows:
+            accuracies = [row[column] for column in accuracy_columns]
+            yield f"line {number}", row[name_column].strip(), accuracies
+
+    return used, located_rows()
 
 
 def _json_rows(source: Source, columns: Sequence[str]) -> tuple[tuple[str, ...], Iterator[_Row]]:

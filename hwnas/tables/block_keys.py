@@ -41,7 +41,7 @@ from hwnas.core.ir import out_size
 from hwnas.core.ops import Classifier, Conv, DSConv, Head, MBConv, Op, separable
 from hwnas.core.option import make_divisible
 from hwnas.errors import SpaceError
-from hwnas.tables.reading import CLAMPS, UNKNOWN, Reading, Source, Timed, entries_of
+from hwnas.tables.reading import CLAMPS, UNKNOWN, Reading, Source, TimedOp, entries_of
 
 _N = r"(\d{1,6})"
 _LAYER = re.compile(rf"(Conv|Conv_1)-input:{_N}x{_N}x{_N}-output:{_N}x{_N}x{_N}")
@@ -87,7 +87,7 @@ def proxylessnas(source: Source, column: str) -> Reading:
     else:
         column = column or "mean"
         rows = _yaml_rows(source, column)
-    timed: list[Timed] = []
+    timed: list[TimedOp] = []
     unmapped: dict[str, str] = {}
     for key, ms, runs in rows:
         try:
@@ -96,7 +96,7 @@ def proxylessnas(source: Source, column: str) -> Reading:
         except SpaceError as error:
             unmapped[key] = str(error)
         else:
-            timed += [Timed(op, ms, runs) for op in ops]
+            timed += [TimedOp(op, ms, runs) for op in ops]
     _check_blocks(source, timed, "proxylessnas", "ofa")
     covers = (
         "Conv is the 3 x 3 stem, Logits all after Conv_1; activations are not given: each block is"
@@ -112,7 +112,7 @@ def ofa(source: Source, column: str) -> Reading:
     default is ``mean``.
     """
     column = column or "mean"
-    timed: list[Timed] = []
+    timed: list[TimedOp] = []
     unmapped: dict[str, str] = {}
     pools: dict[int, _Pool] = {}
     convolutions: list[_AfterPool] = []
@@ -123,7 +123,7 @@ def ofa(source: Source, column: str) -> Reading:
             convolutions.append(_AfterPool(key, int(match[1]), int(match[2]), ms, runs))
         else:
             try:
-                timed.append(Timed(_op(key, "hswish", absolute=True), ms, runs))
+                timed.append(TimedOp(_op(key, "hswish", absolute=True), ms, runs))
             except SpaceError as error:
                 unmapped[key] = str(error)
 
@@ -137,7 +137,7 @@ def ofa(source: Source, column: str) -> Reading:
             unmapped[conv.key] = "the pooling before it has no entry"
         else:
             head = Head(pool.size, conv.in_ch, conv.out_ch, act="hswish")
-            timed.append(Timed(head, conv.ms + pool.ms, conv.runs))
+            timed.append(TimedOp(head, conv.ms + pool.ms, conv.runs))
     for channels, pool in pools.items():
         if channels not in used:
             unmapped[pool.key] = "the convolution after it has no entry"
@@ -175,6 +175,8 @@ def _layer(match: re.Match[str], act: str) -> Conv:
         if out_size(size, stride) == out:
             kernel = 3 if match[1] == "Conv" else 1
             return Conv(size, in_ch, out_ch, kernel=kernel, stride=stride, act=act)
+    # The reasons why blocks are not mapped are in the provenance of an imported table, so
+    # its hash depends on their wording.
     raise SpaceError(f"no stride leads from {size} to {out} pixels")
 
 
@@ -214,11 +216,11 @@ def _check_square(*sizes: tuple[int, int]) -> None:
             raise SpaceError(f"{height} x {width} pixels: only squares are built here")
 
 
-def _check_blocks(source: Source, timed: Iterable[Timed], name: str, other: str) -> None:
+def _check_blocks(source: Source, timed: Iterable[TimedOp], name: str, other: str) -> None:
     """Raise TableError if nothing in the file is a block: it has another format."""
     if not any(isinstance(row.op, DSConv | MBConv) for row in timed):
         raise source.wrong(
-            f"holds no block of format {name!r}: try --format {other}, or another of the formats."
+            f"contains no block of format {name!r}: try --format {other}, or another of the formats."
         )
 
 

@@ -15,7 +15,7 @@ from hwnas.core.statistics import rank_correlation
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TableError
 
-NAMED = 10
+MAX_LISTED = 10
 """How many ops of each group the text lists. JSON lists all."""
 
 
@@ -159,10 +159,10 @@ def describe_comparison(comparison: Comparison, width: int = 80) -> str:
 
 
 def _listed(label: str, keys: tuple[str, ...]) -> list[str]:
-    """The first ``NAMED`` of these keys under a label; nothing if there are none."""
+    """The first ``MAX_LISTED`` of these keys under a label; nothing if there are none."""
     if not keys:
         return []
-    lines = [f"{label}: {len(keys)}", *(f"  {key}" for key in keys[:NAMED])]
-    if len(keys) > NAMED:
-        lines.append(f"  and {len(keys) - NAMED} more; --json names them")
+    lines = [f"{label}: {len(keys)}", *(f"  {key}" for key in keys[:MAX_LISTED])]
+    if len(keys) > MAX_LISTED:
+        lines.append(f"  and {len(keys) - MAX_LISTED} more; --json names them")
     return lines

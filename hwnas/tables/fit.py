@@ -21,7 +21,7 @@ from hwnas.core.ops import Op
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import CoverageError, TableError
 from hwnas.tables.prior import ROOFLINE, Prior
-from hwnas.tables.regression import fit_prices
+from hwnas.tables.regression import fit_costs
 
 MIN_NETWORKS = 3
 """Fewest networks that a table is fitted to."""
@@ -30,12 +30,13 @@ FOLDS = 10
 HALVINGS = 6
 """Number of random splits in half, which show the error with half as many networks."""
 WORTHWHILE = 0.9
-"""More networks are recommended if they would reduce the error to less than this part."""
-NAMED_DEVICES = 3
-LEAST_SHARE = 0.005
-"""The provenance names the most similar devices, up to ``NAMED_DEVICES``, without those
-whose share would round to 0 %.
+"""More networks are recommended if they would reduce the error to less than this
+fraction of it.
 """
+MAX_LISTED_DEVICES = 3
+"""The provenance names the most similar devices, up to this many."""
+MIN_LISTED_SHARE = 0.005
+"""Devices with a smaller share are not named: it would round to 0 %."""
 
 
 def fit_table(
@@ -61,14 +62,16 @@ def fit_table(
     CoverageError if a network has ops that are not in ``ops`` or a table lacks some.
 
     Example:
-        >>> space = load_space("fbnet")                                                        # doctest: +SKIP
-        >>> table = fit_table(space.ops, networks, header, np.random.default_rng(0))           # doctest: +SKIP
-        >>> table.calibration.held_out.mape, table.provenance["more_networks"]                 # doctest: +SKIP
+        >>> space = load_space("fbnet")  # doctest: +SKIP
+        >>> rng = np.random.default_rng(0)
+        >>> table = fit_table(space.ops, networks, header, rng)  # doctest: +SKIP
+        >>> calibration = table.calibration  # doctest: +SKIP
+        >>> calibration.held_out.mape, table.provenance["more_networks"]  # doctest: +SKIP
         (0.031, '20 networks: 3.1%; about 20 more would bring 2.6%')
     """
     if len(networks) < MIN_NETWORKS:
         raise TableError(
-            f"a table is fitted from {MIN_NETWORKS} or more different networks, got"
+            f"fitting a table needs at least {MIN_NETWORKS} different networks, got"
             f" {len(networks)}: measure more."
         )
     for arch, latency in networks:
@@ -77,7 +80,7 @@ def fit_table(
     ms_N = np.array([latency for _, latency in networks], dtype=float)
     prior = Prior.of(ops, known)
     counts_NP = count_ops(ops, [arch for arch, _ in networks])
-    fitted = fit_prices(prior, counts_NP, ms_N)
+    fitted = fit_costs(prior, counts_NP, ms_N)
     predicted_N, sums_N = _cross_validate(prior, counts_NP, ms_N, rng)
 
     entries = {}
@@ -91,11 +94,12 @@ def fit_table(
         held_out=held_out(predicted_N, sums_N, ms_N),
     )
     unseen = int((~counts_NP.any(axis=0)).sum())
-    # These texts are part of the table's document, so its hash depends on their wording.
+    # These texts are part of the table's document, so its hash depends on their wording,
+    # and they keep the words of the first release: judged (evaluated), price (cost).
     own_provenance = {
         "method": f"fitted from {len(ms_N)} whole networks, judged by cross-validation",
         "prior": "; ".join([*prior.names, ROOFLINE]),
-        "resembles": _resembles(fitted.believed),
+        "resembles": _resembles(fitted.posterior),
         "prior_alone": (
             f"{unseen} of {len(ops)} ops are in no measured network: their price is the prior's"
         ),
@@ -114,15 +118,15 @@ def fit_table(
 def _resembles(shares: Mapping[str, float]) -> str:
     """The most similar known devices with their shares: ``pixel1 80%, roofline 19%``."""
     names = []
-    for name, share in sorted(shares.items(), key=lambda item: -item[1])[:NAMED_DEVICES]:
-        if share >= LEAST_SHARE:
+    for name, share in sorted(shares.items(), key=lambda item: -item[1])[:MAX_LISTED_DEVICES]:
+        if share >= MIN_LISTED_SHARE:
             names.append(f"{name} {share:.0%}")
     return ", ".join(names)
 
 
 def count_ops(ops: Sequence[Op], networks: Sequence[Architecture]) -> np.ndarray:
-    """How often each network holds each op: float [networks, ops]. Raises CoverageError
-    if a network holds an op that is not in ``ops``.
+    """How often each network contains each op: float [networks, ops]. Raises
+    CoverageError if a network contains an op that is not in ``ops``.
     """
     position = {op: i for i, op in enumerate(ops)}
     counts_NP = np.zeros((len(networks), len(ops)))
@@ -130,8 +134,8 @@ def count_ops(ops: Sequence[Op], networks: Sequence[Architecture]) -> np.ndarray
         for op, times in Counter(arch.ops()).items():
             if op not in position:
                 raise CoverageError(
-                    f"architecture {arch.name!r} holds {op.key}, which the space of the table does"
-                    " not.",
+                    f"architecture {arch.name!r} contains op {op.key}, which is not in the table's"
+                    " space.",
                     (op.key,),
                 )
             row[position[op]] = times
@@ -149,7 +153,7 @@ def _cross_validate(
     sums_N = np.zeros(len(ms_N))
     for fold in np.unique(fold_N):
         test = fold_N == fold
-        fitted = fit_prices(prior, counts_NP[~test], ms_N[~test])
+        fitted = fit_costs(prior, counts_NP[~test], ms_N[~test])
         predicted_N[test] = fitted.of(counts_NP[test])
         sums_N[test] = counts_NP[test] @ fitted.op_ms
     return predicted_N, sums_N
@@ -174,7 +178,7 @@ def _more_networks(
         order = rng.permutation(count)
         first, second = order[: count // 2], order[count // 2 :]
         for train, test in ((first, second), (second, first)):
-            fitted = fit_prices(prior, counts_NP[train], ms_N[train])
+            fitted = fit_costs(prior, counts_NP[train], ms_N[train])
             errors[test] = np.abs(fitted.of(counts_NP[test]) / ms_N[test] - 1)
 
     error = float(errors_N.mean())

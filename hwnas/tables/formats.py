@@ -9,7 +9,7 @@ from pathlib import Path
 from hwnas.core.table import Calibration, LatencyTable, TableHeader
 from hwnas.registry import Registry
 from hwnas.tables.known import KNOWN
-from hwnas.tables.reading import UNKNOWN, Conditions, Publication, Reading, Source
+from hwnas.tables.reading import UNKNOWN, Publication, PublishedConditions, Reading, Source
 
 Reader = Callable[[Source, str], Reading]
 """Reads a source. The string is the requested column, or empty if none was requested.
@@ -49,7 +49,8 @@ def import_table(path: str | Path, format_name: str) -> Imported:
     format or is damaged, DocumentError if there is no file.
 
     Example:
-        >>> import_table("mobile_trim.yaml", "proxylessnas").table.header.device      # doctest: +SKIP
+        >>> imported = import_table("mobile_trim.yaml", "proxylessnas")  # doctest: +SKIP
+        >>> imported.table.header.device  # doctest: +SKIP
         'pixel1'
     """
     name, _, column = format_name.partition(":")
@@ -58,11 +59,11 @@ def import_table(path: str | Path, format_name: str) -> Imported:
     reading = read(source, column)
     # Some formats have just one published file. Others are recognised by their bytes.
     publication = reading.publication or KNOWN.get(source.sha256)
-    conditions = Conditions()
+    conditions = PublishedConditions()
     if publication is not None:
         if reading.column not in publication.columns:
             raise source.wrong(
-                f"holds nothing of use in {reading.column!r}: choose from"
+                f"has no usable values in column {reading.column!r}: choose from"
                 f" {', '.join(publication.columns)}."
             )
         conditions = publication.columns[reading.column]
@@ -81,7 +82,7 @@ def import_table(path: str | Path, format_name: str) -> Imported:
     return Imported(table, reading.unmapped)
 
 
-def _header(conditions: Conditions, space: str) -> TableHeader:
+def _header(conditions: PublishedConditions, space: str) -> TableHeader:
     return TableHeader(
         device=conditions.device,
         cpu=conditions.cpu,

@@ -4,7 +4,7 @@ which the files themselves do not state.
 
 from __future__ import annotations
 
-from hwnas.tables.reading import Conditions, Publication
+from hwnas.tables.reading import Publication, PublishedConditions
 
 # The texts below are part of the provenance of imported tables, so changing them changes
 # the hashes of those tables.
@@ -13,9 +13,9 @@ _ARM = "an ARM board that its author does not name"
 _PIPE = "github.com/AnissL93/pipe-proxylessnas at 4414154"
 _OFA = "github.com/han-cai/files at a7c9bcd, ofa/note10/{}_lookup_table.yaml"
 _PIPE_COLUMNS = {
-    "cpu_b": Conditions(cpu=f"big cores of {_ARM}"),
-    "cpu_s": Conditions(cpu=f"small cores of {_ARM}"),
-    "gpu": Conditions(cpu=f"GPU of {_ARM}"),
+    "cpu_b": PublishedConditions(cpu=f"big cores of {_ARM}"),
+    "cpu_s": PublishedConditions(cpu=f"small cores of {_ARM}"),
+    "gpu": PublishedConditions(cpu=f"GPU of {_ARM}"),
 }
 _NOTE10 = {
     160: "a2671a45e9400542679ed03de946b45d6a35010f9ab21834af3e7ba8341d36d1",
@@ -29,7 +29,7 @@ KNOWN: dict[str, Publication] = {
     "f12bc87e4e378534cd04268e44c880ff863f27b44dd2f4747b2f4d6ed3e54805": Publication(
         origin=f"{_PIPE}, search/mobile_trim.yaml",
         licence="MIT",
-        columns={"mean": Conditions(device=PIXEL1)},
+        columns={"mean": PublishedConditions(device=PIXEL1)},
         remark=(
             "another fork of the repository holds block values that differ by a median of 5 % (0.61"
             " to 1.57 times)"
@@ -39,7 +39,7 @@ KNOWN: dict[str, Publication] = {
         origin=f"{_PIPE}, search/data/latency.yaml",
         licence="MIT",
         columns={
-            "mean": Conditions(device=PIXEL1),
+            "mean": PublishedConditions(device=PIXEL1),
             "big": _PIPE_COLUMNS["cpu_b"],
             "small": _PIPE_COLUMNS["cpu_s"],
             "gpu": _PIPE_COLUMNS["gpu"],
@@ -57,14 +57,16 @@ KNOWN: dict[str, Publication] = {
             "github.com/dstamoulis/single-path-nas at 21c1f3e, nas-search/pixel1_runtime_model.json"
         ),
         licence="Apache-2.0",
-        columns={"": Conditions(device=PIXEL1, runtime="tflite")},
+        columns={"": PublishedConditions(device=PIXEL1, runtime="tflite")},
     ),
     "cc75d2d286f0bda6486a1eb5665608325dc3d5708ed396ad9e5669a397162351": Publication(
         origin="github.com/AberHu/TF-NAS at 08b31a2, latency_pkl/latency_{cpu,gpu}.pkl as JSON",
         licence="MIT",
         columns={
-            "cpu": Conditions(device="xeon-gold-6130", cpu="Xeon Gold 6130", threads=1, batch=1),
-            "gpu": Conditions(device="titan-rtx", batch=32),
+            "cpu": PublishedConditions(
+                device="xeon-gold-6130", cpu="Xeon Gold 6130", threads=1, batch=1
+            ),
+            "gpu": PublishedConditions(device="titan-rtx", batch=32),
         },
         remark="gpu: milliseconds of a batch of 32",
     ),
@@ -72,14 +74,16 @@ KNOWN: dict[str, Publication] = {
         origin="github.com/AnnaAraslanova/FBNet at ad683c6, supernet_functions/lookup_table.txt",
         licence="none stated",
         columns={
-            "": Conditions(cpu="a desktop CPU that its author does not name", runtime="pytorch")
+            "": PublishedConditions(
+                cpu="a desktop CPU that its author does not name", runtime="pytorch"
+            )
         },
     ),
     **{
         sha256: Publication(
             origin=_OFA.format(size),
             licence="none stated (once-for-all itself: MIT)",
-            columns={"mean": Conditions(device="samsung-note10")},
+            columns={"mean": PublishedConditions(device="samsung-note10")},
         )
         for size, sha256 in _NOTE10.items()
     },

@@ -16,7 +16,7 @@ from hwnas.core.families import fbnet as fbnet_space
 from hwnas.core.families import proxylessnas_original
 from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, Term
-from hwnas.tables.reading import CLAMPS, Reading, Source, Timed, entries_of
+from hwnas.tables.reading import CLAMPS, Reading, Source, TimedOp, entries_of
 
 _SINGLE_PATH = ("ir_k3_e3", "ir_k3_e6", "ir_k5_e3", "ir_k5_e6")
 """The options that the columns "0" to "3" stand for."""
@@ -46,7 +46,7 @@ def single_path(source: Source, column: str) -> Reading:
     """
     _check_no_column(source, column)
     content = source.json_object()
-    timed: list[Timed] = []
+    timed: list[TimedOp] = []
     unmapped: dict[str, str] = {}
     for act in CLAMPS:
         layers = _layers(proxylessnas_original(act=act))
@@ -62,7 +62,7 @@ def single_path(source: Source, column: str) -> Reading:
                 op = _op(term, option)
                 assert op is not None
                 ms = source.ms(row[str(code)], f"block {code} of layer {number}")
-                timed.append(Timed(op, ms))
+                timed.append(TimedOp(op, ms))
         expected = set(map(str, range(len(layers))))
         for key in sorted(content.keys() - expected):
             unmapped[f"layer {key}"] = "the backbone has 22 layers"
@@ -91,7 +91,7 @@ def fbnet(source: Source, column: str) -> Reading:
             f"does not hold {len(layers)} lines of {len(_FBNET)} numbers: it is corrupt or was cut"
             " off; fetch it again."
         )
-    timed: list[Timed] = []
+    timed: list[TimedOp] = []
     unmapped: dict[str, str] = {}
     for number, (term, values) in enumerate(zip(layers, lines[1:], strict=True)):
         for option, name, value in zip(term.options, _FBNET, values, strict=True):
@@ -101,7 +101,7 @@ def fbnet(source: Source, column: str) -> Reading:
             if op is None:
                 unmapped[label] = f"nothing is run there, {ms:.4f} ms in the source"
             else:
-                timed.append(Timed(op, ms))
+                timed.append(TimedOp(op, ms))
     return Reading(
         "fbnet",
         "the 22 searched layers only, no stem or head",

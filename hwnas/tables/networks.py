@@ -95,31 +95,31 @@ def read_networks(path: str | Path, space: SearchSpace) -> list[tuple[Architectu
                 continue
             if len(cells) <= max(columns):
                 raise source.wrong(
-                    f"{line} there are {len(cells)} cells, too few for the columns of the header:"
-                    " complete it."
+                    f"{line} it has {len(cells)} cells, fewer than the header needs: complete the"
+                    " line."
                 )
             name, ms = (cells[column] for column in columns)
             try:
                 arch = architecture(name, space, Path(path).parent)
             except UserError as error:
                 raise source.wrong(f"{line} {error}") from error
-            # Published networks and documents can hold ops that the space lacks.
+            # Published networks and documents can contain ops that the space lacks.
             foreign = [op.key for op in arch.ops() if op not in ops]
             if foreign:
                 raise source.wrong(
-                    f"{line} network {arch.name!r} holds {foreign[0]}, which space {space.name}"
-                    " does not: remove it, or name its space."
+                    f"{line} network {arch.name!r} contains op {foreign[0]}, which is not in space"
+                    f" {space.name}: remove the network, or name its space."
                 )
             _, times = networks.setdefault(arch.ops(), (arch, []))
             times.append(_milliseconds(source, line, ms))
     except csv.Error as error:
         raise source.wrong(
-            f"line {rows.line_num}: {error}: this is not CSV; quote cells that hold commas or"
-            " quotes."
+            f"line {rows.line_num}: {error}: this is not CSV; quote cells that contain commas"
+            " or quotes."
         ) from error
     if columns is None:
         raise source.wrong(
-            f"is empty: its first line is '{ARCHITECTURE},{MS}', then one network a line."
+            f"is empty: write the header '{ARCHITECTURE},{MS}', then one network per line."
         )
     return [(arch, float(np.median(times))) for arch, times in networks.values()]
 
@@ -147,8 +147,8 @@ def _columns(source: Source, cells: list[str]) -> tuple[int, int]:
     if cells.count(ARCHITECTURE) != 1 or cells.count(MS) != 1:
         shown = ",".join(cells)[:80]
         raise source.wrong(
-            f"begins with {shown!r}: the first line names the columns, once each {ARCHITECTURE!r}"
-            f" and {MS!r}."
+            f"has the header {shown!r}, which must contain {ARCHITECTURE!r} and {MS!r} exactly once"
+            " each."
         )
     return cells.index(ARCHITECTURE), cells.index(MS)
 

@@ -11,7 +11,9 @@ proportions matter. There are two kinds:
 
 A device that resembles a list t, in units of its mean network, has the costs
 
-    w = a t + c e + rho * sum over companions u of b_u (u - t) + tau * (t . z),        a, b_u ~ N(0, 1), c ~ N(0, INTERCEPT^2), z ~ N(0, C)
+    w = a t + c e + rho * sum over companions u of b_u (u - t) + tau * (t . z)
+
+    a, b_u ~ N(0, 1),  c ~ N(0, INTERCEPT^2),  z ~ N(0, C)
 
 where e is the intercept, and the companions are all other known lists, or the five lists
 of the roofline. C[i, j] = ALIKE^(number of fields in which ops i and j differ): a device
@@ -54,24 +56,24 @@ ROOFLINE = "roofline"
 
 
 @dataclass(frozen=True)
-class Belief:
+class Hypothesis:
     """The hypothesis that a device resembles one cost list.
 
     ``centre_P`` is the list, float [ops + 1] with the intercept last, in units of the
-    mean network. ``away_KP`` holds the differences to it of its K companions. ``exact``
-    is the probability that there is no deviation towards a companion.
+    mean network. ``differences_KP`` holds the differences to it of its K companions.
+    ``exact`` is the probability that there is no deviation towards a companion.
     """
 
     name: str
     centre_P: np.ndarray
-    away_KP: np.ndarray
+    differences_KP: np.ndarray
     exact: float
 
     @property
     def sizes(self) -> Iterator[tuple[float, float, float]]:
         """All combinations of deviations: (rho, tau, log probability)."""
         # Without companions, there is nothing to deviate towards.
-        rhos = _with_probabilities(RHO, self.exact) if len(self.away_KP) else [(0.0, 1.0)]
+        rhos = _with_probabilities(RHO, self.exact) if len(self.differences_KP) else [(0.0, 1.0)]
         for rho, rho_probability in rhos:
             for tau, tau_probability in _with_probabilities(TAU, EXACT):
                 yield rho, tau, math.log(rho_probability * tau_probability)
@@ -123,7 +125,7 @@ class Prior:
         return cls(tuple(ops), tuple(table.title for table in tables), known_KP)
 
     @cached_property
-    def counted(self) -> np.ndarray:
+    def roofline_lists(self) -> np.ndarray:
         """The five lists of the roofline: float [5, ops + 1]."""
         lists = zip(*map(_counts, self.ops), strict=True)
         # Counts have no fixed part, so the intercept is 0.
@@ -136,11 +138,11 @@ class Prior:
         """
         codes = []
         for values in zip(*map(_traits, self.ops), strict=True):
-            # Integers instead of words, so that ``alike`` can compare whole arrays.
+            # Integers instead of words, so that ``correlation`` can compare whole arrays.
             codes.append(np.unique(np.array(values), return_inverse=True)[1])
         return np.array(codes)
 
-    def alike(self, of: np.ndarray, to: np.ndarray) -> np.ndarray:
+    def correlation(self, of: np.ndarray, to: np.ndarray) -> np.ndarray:
         """Correlations between the deviations of ops, given as indices [A] and [B]:
         float [A, B].
         """
@@ -150,9 +152,9 @@ class Prior:
         correlations: np.ndarray = ALIKE**differing
         return correlations
 
-    def beliefs(self, mean_P: np.ndarray) -> list[Belief]:
+    def hypotheses(self, mean_P: np.ndarray) -> list[Hypothesis]:
         """All hypotheses. ``mean_P`` is the mean network, float [ops + 1]: how often it
-        holds each op, and 1 for the intercept.
+        contains each op, and 1 for the intercept.
 
         Raises TableError if that network takes 0 ms or less by one of the tables.
         """
@@ -163,18 +165,18 @@ class Prior:
                 " networks, so it cannot be their prior."
             )
         known_KP = self.known_KP / unit_ms[:, None]
-        beliefs = []
+        hypotheses = []
         for i, name in enumerate(self.names):
             centre_P = known_KP[i]
             companions_KP = np.delete(known_KP, i, axis=0)
-            beliefs.append(Belief(name, centre_P, companions_KP - centre_P, EXACT))
+            hypotheses.append(Hypothesis(name, centre_P, companions_KP - centre_P, EXACT))
 
         # A list of zeros has no proportions, such as depthwise MACs in a space without.
-        counted_KP = self.counted[self.counted @ mean_P > 0]
+        counted_KP = self.roofline_lists[self.roofline_lists @ mean_P > 0]
         counted_KP = counted_KP / (counted_KP @ mean_P)[:, None]
         centre_P = counted_KP.mean(axis=0)
-        beliefs.append(Belief(ROOFLINE, centre_P, counted_KP - centre_P, exact=0.0))
-        return beliefs
+        hypotheses.append(Hypothesis(ROOFLINE, centre_P, counted_KP - centre_P, exact=0.0))
+        return hypotheses
 
 
 def _traits(op: Op) -> tuple[Any, ...]:

@@ -58,7 +58,7 @@ class Source:
             return cls(str(path), content.decode(), hashlib.sha256(stored).hexdigest())
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise TableError(
-                f"{path} does not unpack ({error}): it is corrupt or was cut off; fetch it again."
+                f"{path} cannot be unpacked ({error}): it is corrupt or was cut off; fetch it again."
             ) from error
         except UnicodeDecodeError as error:
             raise TableError(
@@ -83,7 +83,7 @@ class Source:
             ) from error
         if not isinstance(content, dict):
             raise self.wrong(
-                f"holds a JSON {type(content).__name__} instead of an object: choose another"
+                f"contains a JSON {type(content).__name__} instead of an object: choose another"
                 " --format."
             )
         return content
@@ -102,8 +102,8 @@ class Source:
             if len(quote) > _LONGEST_QUOTE:
                 quote = quote[: _LONGEST_QUOTE - 3] + "..."
             raise self.wrong(
-                f"has {quote} for {of}, where a number is needed: it is corrupt, was cut off, or"
-                " needs another --format."
+                f"has {quote} for {of}, which is not a number: it is corrupt, was cut off, or needs"
+                " another --format."
             )
         return number
 
@@ -114,13 +114,13 @@ class Source:
         number = self.number(value, of)
         if number < 0:
             raise self.wrong(
-                f"has {number:g} for {of}, where a time is needed: correct or remove that entry."
+                f"has {number:g} for {of}, which is not a valid time: correct or remove that entry."
             )
         return number * unit_ms
 
 
 @dataclass(frozen=True)
-class Conditions:
+class PublishedConditions:
     """The header fields that a publication states. Others are unknown."""
 
     device: str = UNKNOWN
@@ -140,7 +140,7 @@ class Publication:
 
     origin: str = UNKNOWN
     licence: str = UNKNOWN
-    columns: dict[str, Conditions] = field(default_factory=dict)
+    columns: dict[str, PublishedConditions] = field(default_factory=dict)
     remark: str = ""
 
 
@@ -166,7 +166,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedOp:
     """One op's time in a source. ``runs`` is the number of measurements, if the source
     states it.
     """
@@ -176,20 +176,20 @@ class Timed:
     runs: int | Literal["unknown"] = UNKNOWN
 
 
-def entries_of(rows: Iterable[Timed]) -> dict[str, Entry]:
+def entries_of(rows: Iterable[TimedOp]) -> dict[str, Entry]:
     """Table entries from times. If a source has several times for one op, because equal
     blocks stand at several positions, each counts as a round.
 
     ``ms`` is then their median, and ``spread`` their interquartile range divided by it,
     as in a profile.
     """
-    by_key: dict[str, list[Timed]] = {}
+    by_key: dict[str, list[TimedOp]] = {}
     for row in rows:
         by_key.setdefault(row.op.key, []).append(row)
     return {key: _entry(op_rows) for key, op_rows in by_key.items()}
 
 
-def _entry(rows: list[Timed]) -> Entry:
+def _entry(rows: list[TimedOp]) -> Entry:
     """The entry of one op, from all its times."""
     if len(rows) == 1:
         return Entry(ms=rows[0].ms, runs=rows[0].runs)

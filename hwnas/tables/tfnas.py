@@ -21,7 +21,7 @@ import re
 
 from hwnas.core.ops import Op, separable
 from hwnas.errors import SpaceError
-from hwnas.tables.reading import Reading, Source, Timed, entries_of
+from hwnas.tables.reading import Reading, Source, TimedOp, entries_of
 
 _N = r"(\d{1,6})"
 _BLOCK = re.compile(rf"MBInvertedResBlock_{_N}_{_N}_{_N}_{_N}_k{_N}_s{_N}_([a-z0-9-]+)")
@@ -41,7 +41,7 @@ def tfnas(source: Source, column: str) -> Reading:
             f"has no device {column!r}: choose --format tfnas:COLUMN from"
             f" {', '.join(devices) or 'none, or another --format'}."
         )
-    timed: list[Timed] = []
+    timed: list[TimedOp] = []
     unmapped: dict[str, str] = {}
     for name, widths in blocks.items():
         if name == "base":
@@ -56,7 +56,7 @@ def tfnas(source: Source, column: str) -> Reading:
         else:
             _read_block(source, name, widths, timed, unmapped)
     if not timed:
-        raise source.wrong("holds no block of format 'tfnas': choose another --format.")
+        raise source.wrong("contains no block of format 'tfnas': choose another --format.")
     covers = (
         "blocks by expanded channels, measured at some and fitted between them; no stem or head"
     )
@@ -67,7 +67,7 @@ def _read_block(
     source: Source,
     name: str,
     widths: dict[str, object],
-    timed: list[Timed],
+    timed: list[TimedOp],
     unmapped: dict[str, str],
 ) -> None:
     """Add a block's times at all its widths to ``timed``. Names and widths without an op
@@ -81,7 +81,7 @@ def _read_block(
             if op is None or ms < 0:
                 left_out.append(width)
             else:
-                timed.append(Timed(op, ms))
+                timed.append(TimedOp(op, ms))
     except SpaceError as error:
         unmapped[name] = str(error)
     if left_out:

@@ -25,13 +25,13 @@ import numpy as np
 from hwnas.core.families import proxylessnas
 from hwnas.core.option import SKIP
 from hwnas.tables.known import PIXEL1
-from hwnas.tables.reading import Conditions, Publication, Reading, Source
+from hwnas.tables.reading import Publication, PublishedConditions, Reading, Source
 
 SPACE = "proxylessnas_search"
 _PUBLICATION = Publication(
     origin="github.com/google-research/google-research, tunas/cost_model_data.py",
     licence="Apache-2.0",
-    columns={SPACE: Conditions(device=PIXEL1, runtime="netadapt-lut")},
+    columns={SPACE: PublishedConditions(device=PIXEL1, runtime="netadapt-lut")},
     remark="a regression onto predictions from NetAdapt's lookup tables, not onto measurements",
 )
 
@@ -74,13 +74,13 @@ def _constants(source: Source, name: str, count: int) -> list[float]:
     )
     if match is None:
         raise source.wrong(
-            f"holds no constant _{SPACE.upper()}_{name}: it was cut off, or needs another --format."
+            f"contains no constant _{SPACE.upper()}_{name}: it was cut off, or needs another --format."
         )
     try:
         content = base64.b64decode("".join(match[1].split()), validate=True)
     except binascii.Error as error:
         raise source.wrong(
-            f"holds a {name} that is not base64 ({error}): it is corrupt; fetch it again."
+            f"contains a {name} that is not base64 ({error}): it is corrupt; fetch it again."
         ) from error
     # numpy would raise a ValueError of its own for a length that does not fit.
     values = []
@@ -88,7 +88,7 @@ def _constants(source: Source, name: str, count: int) -> list[float]:
         values = np.frombuffer(content, ">f4").astype(float).tolist()
     if not values or not np.isfinite(values).all():
         raise source.wrong(
-            f"holds {len(content)} bytes of {name}, not {count} finite numbers of 4: it is corrupt;"
-            " fetch it again."
+            f"contains {len(content)} bytes of {name}, not {count} finite float32 numbers: it is"
+            " corrupt; fetch it again."
         )
     return values

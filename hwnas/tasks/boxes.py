@@ -73,7 +73,11 @@ def detections(
     for x_NCHW, _ in batches:
         outputs = network(x_NCHW.to(device, memory_format=torch.channels_last))
         per_image += post_processor(outputs)
-    return [Detections(*(part.cpu() for part in image)) for image in per_image]
+    return [_to_cpu(image) for image in per_image]
+
+
+def _to_cpu(image: Detections) -> Detections:
+    return Detections(*(values.cpu() for values in image))
 
 
 def average_precision(images: CocoImages, detected: dict[int, Detections]) -> CocoMetrics:

@@ -42,7 +42,7 @@ from hwnas.task import (
     Metrics,
     Output,
     Parity,
-    Quality,
+    SearchQuality,
     Task,
     Words,
 )
@@ -52,7 +52,7 @@ BATCH = 256
 """Batch size of PyTorch's predictions for a bundle."""
 
 
-class ClassificationQuality(Quality):
+class ClassificationQuality(SearchQuality):
     """Accuracy or the loss; see the module docstring."""
 
     of_cross_entropy = True
@@ -168,7 +168,7 @@ class Classification(Task):
         """Cross-entropy."""
         return CrossEntropy(label_smoothing)
 
-    def quality(self, experiment: Experiment, space: SearchSpace) -> Quality:
+    def quality(self, experiment: Experiment, space: SearchSpace) -> SearchQuality:
         """Accuracy, or 1 / (1 + cross-entropy)."""
         return ClassificationQuality(experiment)
 
@@ -196,18 +196,21 @@ class Classification(Task):
         ):
             return None
         advice = "raise train.epochs, change train.optimizer.lr, and check the data"
-        text = f"{self.said(metrics, images)}, where a guess gets {guess:.2%} right: {advice}."
+        # Validation depends on the hash of this text, so its wording stays: another one
+        # would validate finished runs again.
+        result = self.describe_result(metrics, images)
+        text = f"{result}, where a guess gets {guess:.2%} right: {advice}."
         return Caution(headline="the trained network learned nothing", text=text)
 
-    def said(self, metrics: Metrics, images: int) -> str:
+    def describe_result(self, metrics: Metrics, images: int) -> str:
         """The fraction of right answers."""
         return f"{metrics[self.metric]:.2%} of {images:,} test images right"
 
-    def said_of_file(self, value: float, images: int) -> str:
+    def describe_file_result(self, value: float, images: int) -> str:
         """The fraction of right answers."""
         return f"gets {value:.1%} of {images:,} test images right"
 
-    def said_on_the_way(self, value: float) -> str:
+    def describe_progress(self, value: float) -> str:
         """The fraction of right answers."""
         return f"{value:.1%} of"
 
@@ -253,7 +256,7 @@ class Classification(Task):
             labels.add(network(x_NCHW).numpy())
         return labels
 
-    def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:
+    def load_answers(self, arrays: Mapping[str, np.ndarray]) -> Answers:
         """Labels from ``predictions``."""
         return Labels(arrays["predictions"])
 

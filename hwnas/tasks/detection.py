@@ -41,7 +41,7 @@ from hwnas.task import (
     Metrics,
     Output,
     Parity,
-    Quality,
+    SearchQuality,
     Task,
     Words,
 )
@@ -63,7 +63,7 @@ BATCH = 16
 """Batch size of PyTorch's detections for a bundle."""
 
 
-class DetectionQuality(Quality):
+class DetectionQuality(SearchQuality):
     """AP or the loss; see the module docstring."""
 
     def __init__(self, experiment: Experiment, space: SearchSpace) -> None:
@@ -173,7 +173,7 @@ class Detection(Task):
         del label_smoothing
         return DetectionCriterion(arch)
 
-    def quality(self, experiment: Experiment, space: SearchSpace) -> Quality:
+    def quality(self, experiment: Experiment, space: SearchSpace) -> SearchQuality:
         """AP, or 1 / (1 + loss)."""
         return DetectionQuality(experiment, space)
 
@@ -212,7 +212,7 @@ class Detection(Task):
             text=f"AP {value:.1%} on {images:,} test images: {advice}.",
         )
 
-    def said(self, metrics: Metrics, images: int) -> str:
+    def describe_result(self, metrics: Metrics, images: int) -> str:
         """AP and AP50."""
         parts = []
         for name in (AP, "AP50"):
@@ -221,11 +221,11 @@ class Detection(Task):
                 parts.append(f"{name} {value:.1%}")
         return f"{', '.join(parts)} on {images:,} test images"
 
-    def said_of_file(self, value: float, images: int) -> str:
+    def describe_file_result(self, value: float, images: int) -> str:
         """AP."""
         return f"finds objects with an AP of {value:.1%} on {images:,} test images"
 
-    def said_on_the_way(self, value: float) -> str:
+    def describe_progress(self, value: float) -> str:
         """AP."""
         return f"AP {value:.1%} on"
 
@@ -280,6 +280,8 @@ class Detection(Task):
             )
             return (Output(name=CHOSEN, shape=(1, limit, NMS_COLUMNS), meaning=row),)
         shapes = ((1, limit, 4), (1, limit), (1, limit), (1,))
+        # These texts are in bundle.json, which the verdict's hash depends on, so "in parts
+        # of" (as fractions of) stays.
         meanings = (
             (
                 "best first: ymin, xmin, ymax, xmax in parts of the model's input, not cut off at"
@@ -318,7 +320,7 @@ class Detection(Task):
         )
         return Boxes.of_torch(detected.values())
 
-    def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:
+    def load_answers(self, arrays: Mapping[str, np.ndarray]) -> Answers:
         """Boxes from ``found``, the boxes of all images, and ``counts``, the number in
         each image.
         """

@@ -1,1 +1,1 @@
-"""Training an architecture for real, from scratch or from the super-net's weights."""
+"""Training the final network, from scratch or from the super-net's weights."""

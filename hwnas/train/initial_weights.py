@@ -1,4 +1,4 @@
-"""Initial weights of a training, from a super-net or from an earlier training."""
+"""Initial weights of a training run, from a super-net or from an earlier run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def backbone_file(folder: str) -> Path:
         if path.is_file():
             return path
     raise ConfigError(
-        f"train.backbone = {folder!r} has no {WEIGHTS}: name the folder of a finished training."
+        f"train.backbone = {folder!r} has no {WEIGHTS}: name the folder of a finished training run."
     )
 
 
 def trained_backbone(folder: str, arch: Architecture) -> Path:
-    """The weights file of an earlier training of a network that begins with the blocks
+    """The weights file of an earlier training run of a network that begins with the blocks
     of ``arch``. Raises ConfigError if there is no file, or its blocks differ.
     """
     path = backbone_file(folder)

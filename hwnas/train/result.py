@@ -1,4 +1,4 @@
-"""The result of a training: the document ``train.json``, and its summary in words."""
+"""The result of a training run: the document ``train.json``, and its summary in words."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class TrainResult(Document):
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
         if self.metrics.get(self.metric) is None:
-            raise ValueError(f"metrics lack {self.metric!r}, which is the metric: train again")
+            raise ValueError(
+                f"metrics does not contain {self.metric!r}, the metric of the task: train again"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -83,7 +85,7 @@ class TrainResult(Document):
     @property
     def quality(self) -> str:
         """The quality in words."""
-        return task_named(self.task).said(self.metrics, self.test_images)
+        return task_named(self.task).describe_result(self.metrics, self.test_images)
 
     @property
     def caution(self) -> Caution | None:

@@ -19,7 +19,7 @@ from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.document import file_sha256
 from hwnas.engine import Engine, Metrics, check_optimizer, steps_of
 from hwnas.errors import ConfigError
-from hwnas.networks import architecture, sized
+from hwnas.networks import architecture, data_for
 from hwnas.nn.checkpoint import load_network, save_network
 from hwnas.nn.network import Network, network_of
 from hwnas.runs import StageContext
@@ -41,8 +41,8 @@ def outputs(experiment: Experiment) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Training:
-    """A training that is ready to start, or to resume."""
+class TrainingRun:
+    """A training run that is ready to start, or to resume."""
 
     engine: Engine
     test: Images
@@ -55,11 +55,11 @@ class Training:
         return self.engine.train_step(*next(self.batches))
 
 
-def begin(ctx: StageContext, arch: Architecture) -> Training:
-    """Set up a training, and restore the checkpoint in the stage's folder, if any."""
+def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
+    """Set up a training run, and restore the checkpoint in the stage's folder, if any."""
     config = ctx.experiment.train
     seed = ctx.experiment.seed
-    data = sized(ctx.experiment, arch)
+    data = data_for(ctx.experiment, arch)
     train = load_images(data, "all", augment=True)
     test = load_images(data, "test")
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def begin(ctx: StageContext, arch: Architecture) -> Training:
     batches = training_batches(
         train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
     )
-    return Training(engine, test, batches, validation)
+    return TrainingRun(engine, test, batches, validation)
 
 
 def run(ctx: StageContext, arch: Architecture) -> None:

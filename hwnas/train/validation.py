@@ -9,7 +9,7 @@ are the same bit for bit.
 
 The rows of ``validation.jsonl`` have ``step`` (the number of updates), ``epoch``,
 ``images``, and what ``Task.curve`` names: ``test_accuracy`` for a classifier,
-``test_ap`` and ``test_ap50`` for a detector. A resumed training has the same rows,
+``test_ap`` and ``test_ap50`` for a detector. A resumed training run has the same rows,
 because it drops and repeats those that are later than its checkpoint.
 """
 
@@ -27,7 +27,7 @@ FILE = "validation.jsonl"
 POINTS = 10
 """Points of the curve if ``train.validate_every`` is not set."""
 SHARE = 0.05
-"""Fraction of the training's cost that such a curve may have."""
+"""Evaluating the curve may cost at most this fraction of the training."""
 
 
 class Validation:
@@ -48,7 +48,8 @@ class Validation:
 
     def _due(self) -> frozenset[int]:
         """The numbers of updates after which to evaluate."""
-        steps, every = self.engine.steps, self.ctx.experiment.train.validate_every
+        steps = self.engine.steps
+        every = self.ctx.experiment.train.validate_every
         without_objects = len(self.test.labels_of(evaluation_order(self.test, self.limit))) == 0
         if every == 0 or without_objects:  # there is no AP without objects
             return frozenset()
@@ -79,7 +80,7 @@ class Validation:
         row = {"step": self.engine.step, "epoch": round(epoch, 3), "images": self.limit}
         with self.log.appending() as append:
             append({**row, **qualities})
-        text = self.task.said_on_the_way(next(iter(qualities.values())))
+        text = self.task.describe_progress(next(iter(qualities.values())))
         self.ctx.progress.info(f"epoch {epoch:.3g}: {text} {self.limit:,} test images")
 
     def _qualities(self, network: nn.Module) -> dict[str, float]:

@@ -1,16 +1,16 @@
-"""Settings without effect: for every key of an experiment, when it does nothing.
+"""Settings without effect: for every key of an experiment, when it has no effect.
 
 ``keys.KEYS`` is the table of all keys and cases. A key is checked only if it was given,
-in the file or by ``-s``. The configuration of a run folder contains every key and is not
-checked. What happens with a key without effect depends on its case:
+in the file or by ``-s``. The configuration of a run folder contains every key and is
+not checked. What happens with a key without effect depends on its case:
 
 - The key was given by ``-s``: an error; if ``-s`` also gave the reason, ``Case.both``.
 - The file gave both the key and the reason: ``Case.file``.
 - The file gave the key and ``-s`` the reason (one file serves many commands):
   ``Case.overridden``.
 
-Keys of stages that a command does not run are not checked, so that the same file and the
-same ``-s`` serve ``hwnas profile`` and ``hwnas train``.
+Keys of stages that a command does not run are not checked, so that the same file and
+the same ``-s`` serve ``hwnas profile`` and ``hwnas train``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def check_used(
     """Check that the given keys have an effect; see the module docstring. Raises
     ConfigError for the first key that is an error, and otherwise warns.
 
-    ``verb`` is the command without ``hwnas``, ``overrides`` the ``key.path=value`` strings
-    of the command line.
+    ``verb`` is the command without ``hwnas``, ``overrides`` the ``key.path=value``
+    strings of the command line.
     """
     overridden = tuple(text.partition("=")[0].strip() for text in overrides)
     situation = Situation(experiment, verb, overridden)
@@ -48,20 +48,20 @@ def check_used(
         level = _level(case, key, situation)
         if level == "refuse":
             raise ConfigError(
-                f"{key} = {_shortened(value)} does nothing: {case.why.format(e=experiment)};"
+                f"{key} = {_quote(value)} has no effect: {case.why.format(e=experiment)};"
                 f" {case.fix}."
             )
         if level == "warn":
             warned[case].append(key)
     for case, keys in warned.items():
-        verb_form = "do" if len(keys) > 1 else "does"
+        verb_form = "have" if len(keys) > 1 else "has"
         progress.warning(
-            f"{case.why.format(e=experiment)}, so {', '.join(keys)} {verb_form} nothing."
+            f"{case.why.format(e=experiment)}, so {', '.join(keys)} {verb_form} no effect."
         )
 
 
 def _first_case(key: str, situation: Situation) -> Case | None:
-    """The first case in which the key does nothing; None if it has an effect."""
+    """The first case in which the key has no effect; None if it has an effect."""
     for case in KEYS[key]:
         if situation.verb in case.verbs and case.holds(situation):
             return case
@@ -75,8 +75,11 @@ def _level(case: Case, key: str, situation: Situation) -> Level:
     return case.overridden if reason_overridden else case.file
 
 
-def _shortened(value: Any) -> str:
+def _quote(value: Any) -> str:
     """A value as text of at most 60 characters."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    text = repr(plain)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    text = repr(value)
+    if len(text) <= 60:
+        return text
+    return text[:57] + "..."

@@ -1,4 +1,4 @@
-"""A case in which settings do nothing, and the situation that it is checked in."""
+"""A case in which settings have no effect, and the situation that it is checked in."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class Situation:
     """Keys that were given on the command line."""
 
     def overrides(self, key: str) -> bool:
-        """Whether the command line gave a key, a part of it, or a table that contains it."""
+        """Whether the command line gave a key, a part of it, or a table that contains
+        it.
+        """
         return any(
             f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.")
             for given in self.overridden
@@ -76,12 +78,12 @@ class Holds(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A case in which keys do nothing.
+    """A case in which keys have no effect.
 
-    ``why`` is the reason, a clause that is formatted with the experiment as ``e``; ``by``
-    are the keys that cause it; ``verbs`` are the commands that it concerns. ``fix`` tells
-    the user what to do. ``file``, ``overridden`` and ``both`` say what happens, by where
-    key and reason were given; see the docstring of the package.
+    ``why`` is the reason, a clause that is formatted with the experiment as ``e``;
+    ``by`` are the keys that cause it; ``verbs`` are the commands that it concerns.
+    ``fix`` tells the user what to do. ``file``, ``overridden`` and ``both`` say what
+    happens, by where key and reason were given; see the docstring of the package.
     """
 
     holds: Holds

@@ -1,4 +1,4 @@
-"""Every key of an experiment, and the cases in which it does nothing."""
+"""Every key of an experiment, and the cases in which it has no effect."""
 
 from __future__ import annotations
 
@@ -54,268 +54,291 @@ def _is_int8(format_name: str) -> bool:
 # --- the architecture: with train.arch, nothing is profiled or searched
 
 ARCH_GIVEN = Case(
-    lambda s: s.experiment.train.arch is not None,
-    "train.arch = {e.train.arch!r} is trained without a search",
-    ("train.arch",),
-    ("run",),
+    lambda situation: situation.experiment.train.arch is not None,
+    why="train.arch = {e.train.arch!r} is trained without a search",
+    by=("train.arch",),
+    verbs=("run",),
     file="warn",
 )
 ARCH_OUTSIDE_SPACE = Case(
-    lambda s: s.has_own_arch,
-    "train.arch = {e.train.arch!r} is a network of its own, not one of the space",
-    ("train.arch",),
-    ("run", "train"),
+    lambda situation: situation.has_own_arch,
+    why="train.arch = {e.train.arch!r} is a network of its own, not one of the space",
+    by=("train.arch",),
+    verbs=("run", "train"),
     file="warn",
 )
 ARCH_DOCUMENT = Case(
-    lambda s: (
-        s.experiment.train.arch is not None and Path(s.experiment.train.arch).suffix == ".json"
+    lambda situation: (
+        situation.experiment.train.arch is not None
+        and Path(situation.experiment.train.arch).suffix == ".json"
     ),
-    "train.arch = {e.train.arch!r} has the widths of its document",
-    ("train.arch",),
-    ("run", "train"),
+    why="train.arch = {e.train.arch!r} has the widths of its document",
+    by=("train.arch",),
+    verbs=("run", "train"),
     file="warn",
 )
 # --- profile
 
 TABLE_GIVEN = Case(
-    lambda s: s.experiment.search.table is not None,
-    "search.table = {e.search.table!r} is used instead of a profile",
-    ("search.table",),
-    ("run",),
+    lambda situation: situation.experiment.search.table is not None,
+    why="search.table = {e.search.table!r} is used instead of a profile",
+    by=("search.table",),
+    verbs=("run",),
     file="warn",
 )
 COUNTED_BUDGET = Case(
-    lambda s: not s.experiment.search.by_table,
-    "search.budget.kind = {e.search.budget.kind!r} is counted, so nothing is profiled",
-    ("search.budget",),
-    ("run",),
+    lambda situation: not situation.experiment.search.by_table,
+    why="search.budget.kind = {e.search.budget.kind!r} is counted, so nothing is profiled",
+    by=("search.budget",),
+    verbs=("run",),
     file="warn",
 )
 PROFILES_OPS = Case(
-    lambda s: s.experiment.profile.mode == "ops",
-    "profile.mode = 'ops' measures ops and does not start from other tables",
-    ("profile.mode",),
-    ("run", "profile"),
+    lambda situation: situation.experiment.profile.mode == "ops",
+    why="profile.mode = 'ops' measures ops and does not start from other tables",
+    by=("profile.mode",),
+    verbs=("run", "profile"),
     fix="set profile.mode = 'networks', or remove it",
 )
 NUMBER_FOR_OPS = Case(
-    lambda s: s.experiment.profile.mode == "ops" and isinstance(s.experiment.profile.networks, int),
-    "profile.mode = 'ops' takes only names of networks; it samples fit_networks + test_networks",
-    ("profile.mode",),
-    ("run", "profile"),
+    lambda situation: (
+        situation.experiment.profile.mode == "ops"
+        and isinstance(situation.experiment.profile.networks, int)
+    ),
+    why=(
+        "profile.mode = 'ops' takes only names of networks; it samples fit_networks + test_networks"
+    ),
+    by=("profile.mode",),
+    verbs=("run", "profile"),
     fix="set profile.mode = 'networks', or profile.fit_networks",
 )
 PROFILES_NETWORKS = Case(
-    lambda s: s.experiment.profile.mode == "networks",
-    "profile.mode = 'networks' fits the table to profile.networks",
-    ("profile.mode",),
-    ("run", "profile"),
+    lambda situation: situation.experiment.profile.mode == "networks",
+    why="profile.mode = 'networks' fits the table to profile.networks",
+    by=("profile.mode",),
+    verbs=("run", "profile"),
 )
 SIMULATED_DEVICE = Case(
-    lambda s: find_device(s.experiment.device.name).connection == "simulated",
-    "device.name = {e.device.name!r} is a formula without cores",
-    ("device.name",),
-    ("run", "profile", "validate"),
+    lambda situation: find_device(situation.experiment.device.name).connection == "simulated",
+    why="device.name = {e.device.name!r} is a formula without cores",
+    by=("device.name",),
+    verbs=("run", "profile", "validate"),
 )
 # --- search
 
 TARGET_GIVEN = Case(
-    lambda s: s.experiment.search.target_ms is not None,
-    "search.target_ms = {e.search.target_ms:g} is the budget",
-    ("search.target_ms",),
-    ("run", "search"),
+    lambda situation: situation.experiment.search.target_ms is not None,
+    why="search.target_ms = {e.search.target_ms:g} is the budget",
+    by=("search.target_ms",),
+    verbs=("run", "search"),
     fix="remove one of them",
     # To override the range of a file, search.target_ms must be enough.
     overridden="quiet",
     both="warn",
 )
 BUDGET_HAS_NUMBER = Case(
-    lambda s: (
-        s.experiment.search.budget is not None and s.experiment.search.budget.most is not None
+    lambda situation: (
+        situation.experiment.search.budget is not None
+        and situation.experiment.search.budget.most is not None
     ),
-    "search.budget has its own number",
-    ("search.budget",),
-    ("run", "search"),
+    why="search.budget has its own number",
+    by=("search.budget",),
+    verbs=("run", "search"),
     fix="remove one of them",
     overridden="quiet",
     both="warn",
 )
 SUPERNET_GIVEN = Case(
-    lambda s: s.experiment.search.weights is not None,
-    "search.weights = {e.search.weights!r} is a trained super-net",
-    ("search.weights",),
-    ("run", "search"),
+    lambda situation: situation.experiment.search.weights is not None,
+    why="search.weights = {e.search.weights!r} is a trained super-net",
+    by=("search.weights",),
+    verbs=("run", "search"),
     file="warn",
     # The usual case: the file that the super-net was trained with.
     overridden="quiet",
 )
 NO_SHARED_WEIGHTS = Case(
-    lambda s: not s.strategy.shares,
-    "strategy {e.search.strategy.name!r} trains networks that share no weights",
-    ("search.strategy",),
-    ("run", "search"),
+    lambda situation: not situation.strategy.shares_weights,
+    why="strategy {e.search.strategy.name!r} trains networks that share no weights",
+    by=("search.strategy",),
+    verbs=("run", "search"),
     overridden="quiet",
 )
 NO_FINDER = Case(
-    lambda s: not s.strategy.shares,
-    "strategy {e.search.strategy.name!r} chooses among the networks that it trained",
-    ("search.strategy",),
-    ("run", "search"),
+    lambda situation: not situation.strategy.shares_weights,
+    why="strategy {e.search.strategy.name!r} chooses among the networks that it trained",
+    by=("search.strategy",),
+    verbs=("run", "search"),
     overridden="refuse",
 )
 # --- task
 
 DETECTS = Case(
-    lambda s: network_kind(s.experiment.task) == "detect",
-    "task = 'detect' has no image labels and no top-1",
-    ("task",),
+    lambda situation: network_kind(situation.experiment.task) == "detect",
+    why="task = 'detect' has no image labels and no top-1",
+    by=("task",),
 )
 CLASSIFIES = Case(
-    lambda s: network_kind(s.experiment.task) == "classify",
-    "task = 'classify' has no boxes",
-    ("task",),
-    (*VERBS, *STUDIES),
+    lambda situation: network_kind(situation.experiment.task) == "classify",
+    why="task = 'classify' has no boxes",
+    by=("task",),
+    verbs=(*VERBS, *STUDIES),
 )
 METRIC_HAS_TOLERANCES = Case(
-    lambda s: s.experiment.task in TASKS.builtin,
-    "the metric of task = {e.task!r} has its own tolerance keys",
-    ("task",),
+    lambda situation: situation.experiment.task in TASKS.builtin,
+    why="the metric of task = {e.task!r} has its own tolerance keys",
+    by=("task",),
     overridden="refuse",
 )
 ARCH_HAS_DETECTOR = Case(
-    lambda s: s.arch_detects,
-    "train.arch = {e.train.arch!r} has its own detector",
-    ("train.arch",),
-    ("run", "train", "export"),
+    lambda situation: situation.arch_detects,
+    why="train.arch = {e.train.arch!r} has its own detector",
+    by=("train.arch",),
+    verbs=("run", "train", "export"),
 )
 # --- optimisers
 
 NO_SEARCH_MOMENTUM = Case(
     _lacks_momentum("search"),
-    "search.optimizer.name = {e.search.optimizer.name!r} takes no momentum",
-    ("search.optimizer.name",),
-    ("run", "search", *STUDIES),
+    why="search.optimizer.name = {e.search.optimizer.name!r} takes no momentum",
+    by=("search.optimizer.name",),
+    verbs=("run", "search", *STUDIES),
     fix="remove it, or set its betas in search.optimizer.options",
 )
 NO_TRAIN_MOMENTUM = Case(
     _lacks_momentum("train"),
-    "train.optimizer.name = {e.train.optimizer.name!r} takes no momentum",
-    ("train.optimizer.name",),
-    ("run", "train"),
+    why="train.optimizer.name = {e.train.optimizer.name!r} takes no momentum",
+    by=("train.optimizer.name",),
+    verbs=("run", "train"),
     fix="remove it, or set its betas in train.optimizer.options",
 )
 ALL_WEIGHTS_USED = Case(
     _always,
-    "a training uses every weight in every step",
-    (),
+    why="training uses every weight in every step",
+    by=(),
     fix="remove it; search.optimizer.inactive_weights is for super-nets",
 )
 # --- data, export, validation
 
 DIGITS_DATA = Case(
-    lambda s: s.experiment.data.name == "digits",
-    "data.name = 'digits' ships with scikit-learn",
-    ("data.name",),
-    (*VERBS, *STUDIES),
+    lambda situation: situation.experiment.data.name == "digits",
+    why="data.name = 'digits' ships with scikit-learn",
+    by=("data.name",),
+    verbs=(*VERBS, *STUDIES),
     fix="remove it, or set data.name = 'npz', 'folder' or 'cifar10'",
     overridden="quiet",
 )
 NO_INT8_FILE = Case(
-    lambda s: not any(map(_is_int8, s.formats)),
-    "export.formats has no int8 file",
-    ("export.formats",),
-    ("run", "export", "validate"),
+    lambda situation: not any(map(_is_int8, situation.formats)),
+    why="export.formats has no int8 file",
+    by=("export.formats",),
+    verbs=("run", "export", "validate"),
 )
 NO_TFLITE_FILE = Case(
-    lambda s: not any(name.startswith("tflite") for name in s.formats),
-    "export.formats has no TFLite file, whose metadata would hold it",
-    ("export.formats",),
-    ("run", "export"),
+    lambda situation: not any(name.startswith("tflite") for name in situation.formats),
+    why="export.formats has no TFLite file, whose metadata would contain it",
+    by=("export.formats",),
+    verbs=("run", "export"),
 )
 NO_FLOAT_FILE = Case(
-    lambda s: all(map(_is_int8, s.formats)),
-    "export.formats has no float file",
-    ("export.formats",),
-    ("run", "export", "validate"),
+    lambda situation: all(map(_is_int8, situation.formats)),
+    why="export.formats has no float file",
+    by=("export.formats",),
+    verbs=("run", "export", "validate"),
 )
 # At the score of an app, NMS is timed a second time, because it has less to do than for AP.
 APP_SCORE_BELOW_NMS = Case(
-    lambda s: (
-        network_kind(s.experiment.task) == "detect"
-        and s.experiment.validation.app_score <= s.experiment.detector.post_processing.min_score
+    lambda situation: (
+        network_kind(situation.experiment.task) == "detect"
+        and situation.experiment.validation.app_score
+        <= situation.experiment.detector.post_processing.min_score
     ),
-    "detector.post_processing.min_score = {e.detector.post_processing.min_score:g} drops all lower"
-    " scores anyway",
-    ("detector.post_processing",),
-    ("run", "validate"),
+    why=(
+        "detector.post_processing.min_score = {e.detector.post_processing.min_score:g} drops all"
+        " lower scores anyway"
+    ),
+    by=("detector.post_processing",),
+    verbs=("run", "validate"),
     fix="set it higher, or remove it",
 )
 # --- studies
 
-NOT_A_STUDY = Case(_always, "only 'hwnas study' reads it", (), VERBS, file="quiet")
-NOT_RANK = Case(_always, "'hwnas study rank' does not read it", (), ("study rank",), file="quiet")
+NOT_A_STUDY = Case(_always, why="only 'hwnas study' reads it", by=(), verbs=VERBS, file="quiet")
+NOT_RANK = Case(
+    _always, why="'hwnas study rank' does not read it", by=(), verbs=("study rank",), file="quiet"
+)
 NOT_COMPARE = Case(
-    _always, "'hwnas study compare' does not read it", (), ("study compare",), file="quiet"
+    _always,
+    why="'hwnas study compare' does not read it",
+    by=(),
+    verbs=("study compare",),
+    file="quiet",
 )
 NOT_SHRINK = Case(
-    _always, "'hwnas study shrink' does not read it", (), ("study shrink",), file="quiet"
+    _always,
+    why="'hwnas study shrink' does not read it",
+    by=(),
+    verbs=("study shrink",),
+    file="quiet",
 )
 NO_ANGLE_SCORE = Case(
-    lambda s: "angle" not in s.experiment.study.scores,
-    "it is for the score angle, which study.scores does not contain",
-    ("study.scores",),
-    ("study rank",),
+    lambda situation: "angle" not in situation.experiment.study.scores,
+    why="it only affects the score 'angle', which study.scores does not contain",
+    by=("study.scores",),
+    verbs=("study rank",),
 )
 MACS_BUDGET = Case(
-    lambda s: s.experiment.study.compare.max_macs is not None,
-    "study.compare.max_macs = {e.study.compare.max_macs} is the budget",
-    ("study.compare.max_macs",),
-    ("study compare",),
+    lambda situation: situation.experiment.study.compare.max_macs is not None,
+    why="study.compare.max_macs = {e.study.compare.max_macs} is the budget",
+    by=("study.compare.max_macs",),
+    verbs=("study compare",),
     overridden="quiet",
 )
 NO_CLUSTER = Case(
-    lambda s: s.experiment.study.ray_address is None,
-    "no cluster is configured",
-    ("study.ray_address",),
-    STUDIES,
+    lambda situation: situation.experiment.study.ray_address is None,
+    why="no cluster is configured",
+    by=("study.ray_address",),
+    verbs=STUDIES,
     fix="set study.ray_address, or remove it",
 )
 ON_CLUSTER = Case(
-    lambda s: s.experiment.study.ray_address is not None,
-    "study.ray_address = {e.study.ray_address!r} runs as many trainings as fit on the cluster",
-    ("study.ray_address",),
-    STUDIES,
+    lambda situation: situation.experiment.study.ray_address is not None,
+    why=(
+        "study.ray_address = {e.study.ray_address!r} runs as many training runs as fit on the"
+        " cluster"
+    ),
+    by=("study.ray_address",),
+    verbs=STUDIES,
 )
 DROPS_PER_CHOICE = Case(
-    lambda s: s.experiment.shrink.drop == "each",
-    "shrink.drop = 'each' drops one operator of every choice",
-    ("shrink.drop",),
-    ("study shrink",),
+    lambda situation: situation.experiment.shrink.drop == "each",
+    why="shrink.drop = 'each' drops one operator of every choice",
+    by=("shrink.drop",),
+    verbs=("study shrink",),
 )
 NO_EVALUATING_METRIC = Case(
     _no_metric("evaluates"),
-    "no metric of shrink.metrics evaluates architectures on images",
-    ("shrink.metrics",),
-    ("study shrink",),
+    why="no metric of shrink.metrics evaluates architectures on images",
+    by=("shrink.metrics",),
+    verbs=("study shrink",),
 )
 NO_MAGNITUDE_METRIC = Case(
     _no_metric("alphas"),
-    "only the metric magnitude uses it",
-    ("shrink.metrics",),
-    ("study shrink",),
+    why="only the metric magnitude uses it",
+    by=("shrink.metrics",),
+    verbs=("study shrink",),
 )
 NO_ANGLE_METRIC = Case(
-    lambda s: "angle" not in s.experiment.shrink.metrics,
-    "only the metric angle uses it",
-    ("shrink.metrics",),
-    ("study shrink",),
+    lambda situation: "angle" not in situation.experiment.shrink.metrics,
+    why="only the metric angle uses it",
+    by=("shrink.metrics",),
+    verbs=("study shrink",),
 )
 NO_TRAINING_METRIC = Case(
     _no_metric("trains"),
-    "no metric of shrink.metrics trains a super-net",
-    ("shrink.metrics",),
-    ("study shrink",),
+    why="no metric of shrink.metrics trains a super-net",
+    by=("shrink.metrics",),
+    verbs=("study shrink",),
 )
 
 ALWAYS_READ: tuple[Case, ...] = ()
@@ -511,4 +534,4 @@ KEYS: dict[str, tuple[Case, ...]] = {
         f"shrink.{key}": (*_SHRINK_ONLY, NO_MAGNITUDE_METRIC) for key in ("alpha_lr", "alpha_every")
     },
 }
-"""Key -> the cases in which it does nothing; the first that applies is reported."""
+"""Key -> the cases in which it has no effect; the first that applies is reported."""

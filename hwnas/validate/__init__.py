@@ -1,4 +1,4 @@
-"""Validation: are the exported files as fast and as accurate on the device as promised?
+"""Validation: are the exported files as fast and as accurate on the device as expected?
 
 A prediction holds for the device in the state in which it was profiled. Clocks,
 temperature and other processes change, so validation measures the network's own blocks
@@ -13,9 +13,9 @@ Outputs are also compared on the device: each file runs there on the bundle's re
 images, and its outputs are compared with PyTorch's. A file whose runtime the device
 lacks is left out, and the verdict lists it.
 
-A prediction covers the network only. If a file holds more (a normalisation, a softmax
-or a detector's decoding), the network is also timed by itself, in the same rounds, and
-that time is compared with the prediction (``network_ms``).
+A prediction covers the network only. If a file contains more (a normalisation, a
+softmax or a detector's decoding), the network is also timed by itself, in the same
+rounds, and that time is compared with the prediction (``network_ms``).
 
 Detectors are evaluated by their AP. Their ONNX files decode boxes, or run NMS, in the
 same graph and so have no prediction, nor does any file with NMS. Its measured time is

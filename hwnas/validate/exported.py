@@ -28,8 +28,8 @@ class Exported:
         return self.folder / file.name
 
     def item(self, file: BundleFile, path: Path | None = None, image: Path | None = None) -> Item:
-        """A file to time; with ``path``, a file derived from it, after which the item
-        is then named.
+        """A file to time. ``path`` may be a file derived from it; the item then has
+        that file's name.
         """
         path = path or self.path(file)
         return Item(path.name, file.runtime, path, self.bundle.architecture.ops(), image)

@@ -23,7 +23,7 @@ from hwnas.validate.quality import app_score
 
 
 @dataclass(frozen=True)
-class Promise:
+class LatencyPrediction:
     """What a table predicts for a bundle's network on this device.
 
     ``table`` is None if it predicts nothing, and ``unpredicted`` says why. ``blocks``
@@ -52,22 +52,25 @@ class Promise:
         return latency_ms(self.bundle.architecture, self.table) if same else None
 
 
-def promise_of(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> Promise:
+def prediction_of(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> LatencyPrediction:
     """What the table, if any, predicts for a bundle on this device."""
-    unpredicted = _unpredicted(bundle, bench, table)
+    unpredicted = _reason_unpredicted(bundle, bench, table)
     if table is None or unpredicted is not None:
-        return Promise(bundle, None, unpredicted, ())
+        return LatencyPrediction(bundle, None, unpredicted, ())
     # Costs that were fitted to whole networks are not the times of single blocks, so
     # timing a block says nothing about how they have changed.
     is_measured = all(entry.runs != "unknown" for entry in table.entries.values())
     blocks = bundle.architecture.ops() if is_measured else ()
-    return Promise(bundle, table, None, tuple(dict.fromkeys(blocks)))
+    return LatencyPrediction(bundle, table, None, tuple(dict.fromkeys(blocks)))
 
 
-def _unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> str | None:
-    """Why the table predicts nothing about this bundle on this device; None if it does."""
+def _reason_unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> str | None:
+    """Why the table predicts nothing about this bundle on this device; None
+    if it does.
+    """
     if table is None:
         return "there is no table of this device"
+    # times depend on the device and on the number of threads
     if table.header.device != bench.device.id:
         return f"the table is of {table.header.device}, not of {bench.device.id}"
     if table.header.threads != bench.settings.threads:
@@ -79,13 +82,16 @@ def _unpredicted(bundle: Bundle, bench: Bench, table: LatencyTable | None) -> st
     return f"the table lacks {', '.join(missing[:3])}{more}"
 
 
-def measured(exported: Exported, bench: Bench, promise: Promise, config: ValidateConfig) -> Session:
+def measure_files(
+    exported: Exported, bench: Bench, prediction: LatencyPrediction, config: ValidateConfig
+) -> Session:
     """The exported files and the blocks that measure the drift, timed in interleaved
     rounds.
 
     If the rounds of one file spread too widely, everything gets as many rounds again:
     the drift has to come from the same rounds as the files.
     """
+    # noise that twice the rounds do not remove is reported instead of waited for
     max_rounds = 2 * config.rounds
     schedule = Schedule(
         rounds=config.rounds, max_rounds=max_rounds, max_spread=config.max_spread, together=True
@@ -94,7 +100,7 @@ def measured(exported: Exported, bench: Bench, promise: Promise, config: Validat
         networks = Path(work)
         items = [
             *_network_items(exported, networks),
-            *_block_items(promise, bench),
+            *_block_items(prediction, bench),
             *_nms_items(exported, networks, config),
         ]
         session = Session(bench, items, schedule)
@@ -109,7 +115,7 @@ def measured(exported: Exported, bench: Bench, promise: Promise, config: Validat
 
 def _network_items(exported: Exported, networks: Path) -> Iterator[Item]:
     """The files without NMS in their graph; each is followed by its network by itself
-    if the file holds more.
+    if the file contains more.
     """
     for file in exported.files:
         if target(file.format).graph != "decoded":
@@ -123,13 +129,15 @@ def _network_items(exported: Exported, networks: Path) -> Iterator[Item]:
 
 
 def is_timed_alone(bundle: Bundle, file: BundleFile) -> bool:
-    """Whether the network of a file can be timed without the rest of the file's graph."""
+    """Whether the network of a file can be timed without the rest of the
+    file's graph.
+    """
     return not bundle.settings.decodes or target(file.format).parts_detectors
 
 
 def _network_alone(exported: Exported, file: BundleFile) -> bytes | None:
-    """The network of a file that holds more; None if the file holds nothing else, or if
-    the network cannot be separated.
+    """The network of a file that contains more; None if the file contains nothing else,
+    or if the network cannot be separated.
     """
     bundle = exported.bundle
     decodes = bundle.settings.decodes
@@ -140,15 +148,16 @@ def _network_alone(exported: Exported, file: BundleFile) -> bytes | None:
     return target(file.format).network_alone(exported.path(file).read_bytes(), detector=decodes)
 
 
-def _block_items(promise: Promise, bench: Bench) -> Iterator[Item]:
+def _block_items(prediction: LatencyPrediction, bench: Bench) -> Iterator[Item]:
     """The network's blocks, built for timing in the same way as when they were
     profiled.
     """
-    if promise.table is None:
+    if prediction.table is None:
         return
-    header = promise.table.header
-    for op in promise.blocks:
+    header = prediction.table.header
+    for op in prediction.blocks:
         path = bench.build((op,), header.runtime, header.dtype)
+        # a noisy block only blurs the drift, which is a sum over many of them
         yield Item(op.key, header.runtime, path, (op,), repeat_if_noisy=False)
 
 
@@ -180,7 +189,9 @@ def write_typical_image(bundle_folder: Path, reference: str, score: float, path:
     rows (``Task.reference``).
     """
     with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
-        images_NHWC, rows = arrays["images"], arrays[reference]
+        images_NHWC = arrays["images"]
+        rows = arrays[reference]
+    # the time grows with the boxes that NMS compares, so the median image is typical
     counts = (rows[..., BOX:] > score).sum(axis=(1, 2))
     typical = int(np.argsort(counts, kind="stable")[len(counts) // 2])
     np.save(path, images_NHWC[typical : typical + 1])

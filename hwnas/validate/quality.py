@@ -25,18 +25,18 @@ OUTPUT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class FileQuality:
-    """A file's metrics by name, how much of the task's metric it loses against PyTorch,
-    what its answers took beside running it, and how closely its outputs match.
+    """A file's metrics by name, the drop in the task's metric against PyTorch, the time
+    its answers need in addition to running the file, and how closely its outputs match.
     """
 
     metrics: dict[str, float]
-    loss: float
+    drop: float
     timings_ms: dict[str, float]
     parity: Parity
 
 
 @dataclass(frozen=True)
-class Quality:
+class BundleQuality:
     """The metrics of PyTorch and the quality of the files, by file name, on the same
     images.
     """
@@ -48,7 +48,7 @@ class Quality:
 
 def quality_of(
     exported: Exported, bench: Bench, data: DataConfig, config: ValidateConfig
-) -> Quality:
+) -> BundleQuality:
     """The quality of every file that the device runs, on all test images or
     ``config.images`` of them.
     """
@@ -56,6 +56,7 @@ def quality_of(
     test = load_images(data.at(bundle.architecture.resolution), "test")
     bundle.settings.check_images(test, data.name, bundle.architecture)
     torch_answers = _torch_answers(exported)
+    # answers are compared image by image, so the data must be that of the export
     if len(torch_answers) != len(test):
         raise DocumentError(
             f"the bundle was made with {len(torch_answers)} test images, but the data has"
@@ -67,13 +68,15 @@ def quality_of(
     files = {}
     for name, answers in _answers(exported, bench, test, data.workers, config).items():
         metrics = answers.metrics(test, config.images)
-        loss = torch[bundle.metric] - metrics[bundle.metric]
-        files[name] = FileQuality(metrics, loss, answers.timings_ms(), parities[name])
-    return Quality(torch, files, len(evaluation_order(test, config.images)))
+        drop = torch[bundle.metric] - metrics[bundle.metric]
+        files[name] = FileQuality(metrics, drop, answers.timings_ms(), parities[name])
+    return BundleQuality(torch, files, len(evaluation_order(test, config.images)))
 
 
 def _parities(exported: Exported, bench: Bench) -> dict[str, Parity]:
-    """Each file's outputs for the bundle's images, computed on the device, against PyTorch's."""
+    """Each file's outputs for the bundle's images, computed on the device, against
+    PyTorch's.
+    """
     bundle = exported.bundle
     task = bundle.settings
     with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
@@ -89,7 +92,7 @@ def _parities(exported: Exported, bench: Bench) -> dict[str, Parity]:
 
 def _torch_answers(exported: Exported) -> Answers:
     with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
-        return exported.bundle.settings.kept(arrays)
+        return exported.bundle.settings.load_answers(arrays)
 
 
 def _answers(
@@ -107,11 +110,13 @@ def _answers(
         graph = target(file.format).graph
         answers[file.name] = task.answers(graph, bundle.architecture, score)
 
+    # all files get the same batches, so the largest output limits their size
     bytes_per_image = max(4 * (_numbers(file) or 1) for file in exported.files)  # float32
     batch_size = max(1, min(IMAGES_AT_ONCE, OUTPUT_BYTES // bytes_per_image))
     total = len(evaluation_order(test, limit))
     with bench.progress.task("running the test images on the device", total) as bar:
         for x_NCHW, _ in evaluation_batches(test, batch_size, limit=limit, workers=workers):
+            # TFLite's order; the runner transposes for files of other layouts
             channels_last = np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).numpy())
             images_NHWC = bundle.interface.fed(channels_last)
             for file in exported.files:

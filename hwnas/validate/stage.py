@@ -21,13 +21,14 @@ from hwnas.stages import Stage
 from hwnas.task import task_of
 from hwnas.train.result import TrainResult
 from hwnas.validate.exported import Exported, load_bundle
-from hwnas.validate.latency import Promise, measured, promise_of
-from hwnas.validate.quality import Quality, app_score, quality_of
+from hwnas.validate.latency import LatencyPrediction, measure_files, prediction_of
+from hwnas.validate.quality import BundleQuality, app_score, quality_of
 from hwnas.verdict import FileVerdict, Verdict, lines
 
 
 class Validate(Stage):
-    """Runs the exported files on the device and checks them against their promises."""
+    """Runs the exported files on the device and checks them against PyTorch and the
+    table's prediction."""
 
     name = "validate"
     result = "verdict.json"
@@ -41,8 +42,8 @@ class Validate(Stage):
         return self.at.root / "export"
 
     def inputs(self) -> dict[str, str]:
-        """The bundle, the table if there is one, the data, the settings, and the warnings
-        of earlier stages.
+        """The bundle, the table if there is one, the data, the settings, and the
+        warnings of earlier stages.
         """
         run = self.at
         table = run.hash_of_table() if run.table_path.exists() else {}
@@ -115,8 +116,8 @@ def validate(
     if not files:
         known = ", ".join(runtimes) or "no runtime"
         raise DeviceError(
-            f"{device.id} has {known}, for which the bundle has no file: export one"
-            " (export.formats), or install the runtime of one."
+            f"{device.id} runs {known}, but the bundle has no file for it: add one to"
+            " export.formats, or install a runtime that the bundle has a file for."
         )
     not_run = {}
     for file in bundle.files:
@@ -125,9 +126,9 @@ def validate(
 
     exported = Exported(bundle, folder, files)
     quality = quality_of(exported, bench, data, config)
-    promise = promise_of(bundle, bench, table)
-    session = measured(exported, bench, promise, config)
-    verdicts = tuple(_file_verdict(file, session, promise, quality, config) for file in files)
+    prediction = prediction_of(bundle, bench, table)
+    session = measure_files(exported, bench, prediction, config)
+    verdicts = tuple(_file_verdict(file, session, prediction, quality, config) for file in files)
     header = next(iter(session.headers.values()))
     return Verdict(
         device=device.id,
@@ -139,8 +140,8 @@ def validate(
         bundle_sha256=file_sha256(folder / "bundle.json"),
         table=None if table is None else table.title,
         table_sha256=None if table is None else table.sha256,
-        unpredicted=promise.unpredicted,
-        drift=promise.drift(session),
+        unpredicted=prediction.unpredicted,
+        drift=prediction.drift(session),
         tolerances=config,
         images=quality.images,
         task=bundle.task,
@@ -155,16 +156,20 @@ def validate(
 
 
 def _file_verdict(
-    file: BundleFile, session: Session, promise: Promise, quality: Quality, config: ValidateConfig
+    file: BundleFile,
+    session: Session,
+    prediction: LatencyPrediction,
+    quality: BundleQuality,
+    config: ValidateConfig,
 ) -> FileVerdict:
-    """Compare what was measured of one file with its promises."""
+    """Compare what was measured of one file with what was expected of it."""
     file_target = target(file.format)
     file_quality = quality.files[file.name]
     measured_ms = session.ms(file.name)
     network_ms = _ms_of(f"network-{file.name}", session)
 
-    predicted_ms = promise.predicted_ms(file)
-    drift = promise.drift(session) or 1.0
+    predicted_ms = prediction.predicted_ms(file)
+    drift = prediction.drift(session) or 1.0
     latency_error = None
     latency_passed = None
     if predicted_ms is not None:
@@ -198,8 +203,8 @@ def _file_verdict(
         parity=file_quality.parity,
         parity_passed=parity_passed,
         metrics=file_quality.metrics,
-        loss=file_quality.loss,
-        quality_passed=file_quality.loss <= config.tolerance(promise.bundle.metric, file.dtype),
+        loss=file_quality.drop,
+        quality_passed=file_quality.drop <= config.tolerance(prediction.bundle.metric, file.dtype),
         **file_quality.timings_ms,
     )
 

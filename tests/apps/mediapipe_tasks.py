@@ -1,9 +1,9 @@
 """Run a file in MediaPipe's ImageClassifier or ObjectDetector: ``mediapipe_tasks.py
 classify|detect MODEL IMAGES.npy``.
 
-Run by .venv-mediapipe's Python. Images are uint8 [N, H, W, 3]; for each, a JSON list of
-[label, score] or [label, score, left, top, width, height]. Detections of the same whole
-pixels are one to MediaPipe, with several categories.
+Run by .venv-mediapipe's Python. Images are uint8 [N, H, W, 3]; for each, prints a JSON
+list of [label, score] or [label, score, left, top, width, height]. To MediaPipe,
+detections with the same whole pixels are a single one with several categories.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def detected(model: str, images: list[Any]) -> list[Any]:
 def rows(detection: Any) -> list[Any]:
     box = detection.bounding_box
     return [
-        [each.category_name, each.score, box.origin_x, box.origin_y, box.width, box.height]
-        for each in detection.categories
+        [category.category_name, category.score, box.origin_x, box.origin_y, box.width, box.height]
+        for category in detection.categories
     ]
 
 

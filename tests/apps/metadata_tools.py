@@ -1,9 +1,9 @@
-"""MediaPipe's own metadata code, by .venv-tflite-runtime's Python.
+"""MediaPipe's own metadata code, run by .venv-tflite-runtime's Python.
 
 - ``metadata_tools.py show MODEL``: the metadata and the names of the packed files, as JSON.
 - ``metadata_tools.py copy FROM TO``: put FROM's metadata and files into the model of
   TO, as ``MetadataPopulator`` does.
-- ``metadata_tools.py write MODEL TO``: write an object detector's metadata anew, as
+- ``metadata_tools.py write MODEL TO``: write new metadata of an object detector, as
   ``MetadataWriter`` does.
 """
 

@@ -1,5 +1,5 @@
-"""Run files in tflite-runtime: ``old_runtime.py INPUTS.npy OUTPUTS.npz MODEL...``, by
-.venv-tflite-runtime's Python.
+"""Run files in tflite-runtime: ``old_runtime.py INPUTS.npy OUTPUTS.npz MODEL...``, run
+by .venv-tflite-runtime's Python.
 
 Inputs are float32 [N, H, W, C]. Outputs: per file and output, "file:position" -> [N, ...].
 """

@@ -24,11 +24,11 @@ from hwnas.export.metadata import Normalisation, with_metadata
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.tflite_detector import tasks
-from hwnas.export.tflite_file import Graph, read_model, write_model
+from hwnas.export.tflite_file import TFLiteGraph, read_model, write_model
 from hwnas.export.tflite_writer import write_heads
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from tests.apps.judges import judge
+from tests.apps.references import run_reference
 from tests.export.detectors import run_tflite
 from tests.export.test_metadata import CARD
 from tests.export.test_tflite_file import SETTINGS, X_NCHW, calibration, large_network
@@ -37,8 +37,8 @@ from tests.train.rectangles import settings
 torch.set_num_threads(1)
 
 INT8_TOLERANCE = 0.05
-"""Of the largest output. Two programs may round an input or a sum to the neighbouring
-one of 256 values.
+"""As a fraction of the largest output. Two programs may round an input or a sum to
+neighbouring ones of the 256 values.
 """
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 BLOCKS = (
@@ -62,37 +62,37 @@ class Exported:
         return Bundle.load(self.folder / "bundle.json")
 
     def inputs(self) -> np.ndarray:
-        """The images as the bundle says that the model wants them."""
+        """The images, normalised as the bundle describes it."""
         pre = self.bundle.preprocessing
         normalised: np.ndarray = (self.images / 255.0 - np.array(pre.mean)) / np.array(pre.std)
         return normalised.astype(np.float32)
 
     def run(self, name: str) -> list[list[np.ndarray]]:
-        """Each image's outputs, by LiteRT."""
+        """The outputs of LiteRT for each image."""
         interpreter = Interpreter(str(self.folder / name), num_threads=1)
         interpreter.allocate_tensors()
-        found = []
+        outputs = []
         for image in self.inputs():
             interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
             interpreter.invoke()
-            found.append(
+            outputs.append(
                 [
                     interpreter.get_tensor(exit_["index"])
                     for exit_ in interpreter.get_output_details()
                 ]
             )
-        return found
+        return outputs
 
     def mediapipe(self, task: str, name: str, folder: Path) -> Any:
         np.save(folder / "images.npy", self.images)
-        return judge(
+        return run_reference(
             "mediapipe", "mediapipe_tasks.py", task, self.folder / name, folder / "images.npy"
         )
 
 
 def patches(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """32 x 32 pixels of two photographs, labelled by photograph and the fifth of its
-    width: uint8 [N, 32, 32, 3], [N].
+    """Crops of 32 x 32 pixels from two photographs, labelled by the photograph and the
+    fifth of its width: uint8 [N, 32, 32, 3], [N].
     """
     rng = np.random.default_rng(seed)
     photographs = load_sample_images().images
@@ -105,8 +105,8 @@ def patches(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def exported(content: dict[str, Any], root: Path) -> Path:
-    """Train and export what ``content`` says in the run folder ``root``; return the
-    bundle's folder.
+    """Train and export the experiment ``content`` in the run folder ``root``; return
+    the bundle's folder.
     """
     pipeline = Pipeline(Experiment.model_validate(content), root, Progress())
     for stage in ("train", "export"):
@@ -215,7 +215,7 @@ def test_image_classifier_applies_the_score_calibration(
 def test_image_classifier_takes_calibrated_probabilities(
     classifier: Exported, tmp_path: Path
 ) -> None:
-    """The transformation of probabilities, at both ends of their range too."""
+    """With the transformation for probabilities, even at both ends of their range."""
     calibration = ScoreCalibration((1.0, 0.5) * 5, (0.1, -0.2) * 5, "INVERSE_LOGISTIC")
     card = replace(
         CARD, labels=classifier.bundle.labels, output="probabilities", calibration=calibration
@@ -234,7 +234,7 @@ PROBABILITIES = (1.0, 0.0, 0.5, 0.25, 1e-20, 0.99, 1e-3, 0.1, 0.9, 1e-8)
 
 def softmax_file() -> bytes:
     """A file that gives ``PROBABILITIES`` for any image."""
-    graph = Graph()
+    graph = TFLiteGraph()
     entry = graph.tensor("image", (1, 32, 32, 3))
     options = schema.ReducerOptionsT()
     mean = graph.operator(
@@ -250,10 +250,10 @@ def softmax_file() -> bytes:
 
 
 @pytest.mark.slow
-def test_mediapipe_wants_one_mean_and_std_of_all_channels(
+def test_mediapipe_wants_one_mean_and_std_for_all_channels(
     classifier: Exported, tmp_path: Path
 ) -> None:
-    """What deploy/README.md says of it: the day it takes them, that sentence goes."""
+    """As deploy/README.md says; once it takes several, that sentence can go."""
     model = (classifier.folder / "model-fp32.tflite").read_bytes()
     card = replace(
         CARD,
@@ -285,27 +285,27 @@ def test_object_detector_takes_a_tasks_file_as_it_is(
 
 
 def detections(outputs: list[np.ndarray]) -> np.ndarray:
-    """Of one image's outputs of a tasks file, what is found: x1, y1, x2, y2 in pixels,
+    """The detections in a tasks file's outputs for one image: x1, y1, x2, y2 in pixels,
     score, position of the label.
     """
     boxes, classes, scores, count = (output[0] for output in outputs)
     return np.column_stack([48 * boxes[:, [1, 0, 3, 2]], scores, classes])[: int(count)]
 
 
-def in_mediapipes_boxes(found: np.ndarray) -> np.ndarray:
-    """The same with x, y, width, height; a corner beyond the image is moved to its
-    edge, and the size stays.
+def in_mediapipes_boxes(rows: np.ndarray) -> np.ndarray:
+    """The same as x, y, width, height; a corner beyond the image is moved to its edge,
+    without changing the size.
     """
-    corners, sizes = found[:, :2], found[:, 2:4] - found[:, :2]
-    return np.hstack([np.maximum(corners, 0), sizes, found[:, 4:]])
+    corners, sizes = rows[:, :2], rows[:, 2:4] - rows[:, :2]
+    return np.hstack([np.maximum(corners, 0), sizes, rows[:, 4:]])
 
 
 def assert_found(theirs: np.ndarray, ours: np.ndarray, *, score: float, pixels: float) -> None:
-    """The five best of each are among the others: of the same label, a score and a box
-    as near as that.
+    """Assert that the five best of each are among the others, with the same label, and
+    with a score and a box within these tolerances.
     """
-    for some, others in ((theirs, ours), (ours, theirs)):
-        for row in some[np.argsort(-some[:, 4])][:5]:
+    for best, others in ((theirs, ours), (ours, theirs)):
+        for row in best[np.argsort(-best[:, 4])][:5]:
             alike = (others[:, 5] == row[5]) & (np.abs(others[:, 4] - row[4]) <= score)
             assert (
                 np.abs(others[alike, :4] - row[:4]).max(axis=1, initial=0).min(initial=np.inf)
@@ -317,20 +317,20 @@ def assert_found(theirs: np.ndarray, ours: np.ndarray, *, score: float, pixels: 
 def test_the_old_runtime_computes_the_same(
     classifier: Exported, detector: Exported, tmp_path: Path
 ) -> None:
-    for each in (classifier, detector):
-        names = [file.name for file in each.bundle.files]
-        np.save(tmp_path / "inputs.npy", each.inputs())
-        judge(
+    for source in (classifier, detector):
+        names = [file.name for file in source.bundle.files]
+        np.save(tmp_path / "inputs.npy", source.inputs())
+        run_reference(
             "tflite-runtime",
             "old_runtime.py",
             tmp_path / "inputs.npy",
             tmp_path / "outputs.npz",
-            *(each.folder / name for name in names),
+            *(source.folder / name for name in names),
         )
         with np.load(tmp_path / "outputs.npz") as outputs:
             for name in names:
                 tolerance = 1e-4 if "fp32" in name else INT8_TOLERANCE
-                for image, ours in enumerate(each.run(name)):
+                for image, ours in enumerate(source.run(name)):
                     theirs = [outputs[f"{name}:{position}"][image] for position in range(len(ours))]
                     if "tasks" in name:
                         assert_found(
@@ -342,7 +342,7 @@ def test_the_old_runtime_computes_the_same(
                     else:
                         unit = (
                             np.array([48.0] * 4 + [1.0] * 2)
-                            if each is detector
+                            if source is detector
                             else np.abs(ours[0]).max()
                         )
                         assert theirs[0] / unit == pytest.approx(
@@ -354,7 +354,7 @@ def test_the_old_runtime_computes_the_same(
 def test_mediapipes_tools_read_the_metadata(
     classifier: Exported, detector: Exported, tmp_path: Path
 ) -> None:
-    shown = judge(
+    shown = run_reference(
         "tflite-runtime", "metadata_tools.py", "show", classifier.folder / "model-int8.tflite"
     )
     assert shown["files"] == ["labels.txt"]
@@ -367,7 +367,7 @@ def test_mediapipes_tools_read_the_metadata(
     assert (
         logits["associated_files"][0]["type"] == "TENSOR_AXIS_LABELS" and logits["name"] == "logits"
     )
-    shown = judge(
+    shown = run_reference(
         "tflite-runtime", "metadata_tools.py", "show", detector.folder / "model-int8-tasks.tflite"
     )
     [graph] = shown["metadata"]["subgraph_metadata"]
@@ -387,7 +387,7 @@ def test_mediapipes_tools_read_the_metadata(
     assert graph["output_tensor_groups"] == [
         {"name": "detection_result", "tensor_names": ["location", "category", "score"]}
     ]
-    shown = judge(
+    shown = run_reference(
         "tflite-runtime", "metadata_tools.py", "show", detector.folder / "model-fp32.tflite"
     )
     assert (
@@ -401,7 +401,7 @@ def test_the_populator_finds_nothing_to_change(
     classifier: Exported, detector: Exported, tmp_path: Path
 ) -> None:
     """It computes min_parser_version itself, and packs metadata and files into the
-    model: the same come out.
+    model: the result is the same.
     """
     for file in (
         classifier.folder / "model-fp32.tflite",
@@ -409,9 +409,10 @@ def test_the_populator_finds_nothing_to_change(
     ):
         bare = tmp_path / f"bare-{file.name}"
         bare.write_bytes(without_metadata(file.read_bytes()))
-        judge("tflite-runtime", "metadata_tools.py", "copy", file, bare)
+        run_reference("tflite-runtime", "metadata_tools.py", "copy", file, bare)
         ours, theirs = (
-            judge("tflite-runtime", "metadata_tools.py", "show", path) for path in (file, bare)
+            run_reference("tflite-runtime", "metadata_tools.py", "show", path)
+            for path in (file, bare)
         )
         assert ours == theirs and ours["metadata"]["min_parser_version"]
 
@@ -424,11 +425,13 @@ def without_metadata(model: bytes) -> bytes:
 
 @pytest.mark.slow
 def test_a_metadata_writer_does_not_harm_a_large_int8_file(tmp_path: Path) -> None:
-    """Over 256 KiB of weights: of the quantizer's own file MediaPipe's writer loses them."""
+    """MediaPipe's writer loses the weights of the quantizer's own file, if they exceed
+    256 KiB.
+    """
     network = large_network(classes=2)
     heads = quantize_int8(write_heads(network), [calibration()], float_io=True)
     (tmp_path / "model.tflite").write_bytes(tasks(heads, network, SETTINGS))
-    judge(
+    run_reference(
         "tflite-runtime",
         "metadata_tools.py",
         "write",
@@ -437,7 +440,7 @@ def test_a_metadata_writer_does_not_harm_a_large_int8_file(tmp_path: Path) -> No
     )
     before, after = ((tmp_path / name).read_bytes() for name in ("model.tflite", "written.tflite"))
     assert len(before) > 256 * 1024
-    for one, other in zip(run_tflite(before, X_NCHW), run_tflite(after, X_NCHW), strict=True):
-        assert list(one) == list(other) and all(
-            np.array_equal(one[name], other[name]) for name in one
+    for first, second in zip(run_tflite(before, X_NCHW), run_tflite(after, X_NCHW), strict=True):
+        assert list(first) == list(second) and all(
+            np.array_equal(first[name], second[name]) for name in first
         )

@@ -20,7 +20,7 @@ from hwnas.nn.checkpoint import save_network
 from hwnas.nn.network import network_of
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from tests.apps.judges import judge
+from tests.apps.references import run_reference
 from tests.apps.test_apps import INT8_TOLERANCE, assert_found, detections, in_mediapipes_boxes
 from tests.train.rectangles import BLOCKS, settings
 
@@ -37,8 +37,8 @@ PIECES = np.stack(
 
 
 def exported(experiment: Experiment, arch: Architecture, scale: float, root: Path) -> Path:
-    """The bundle's folder of a network with random weights, whose last ones are large
-    enough to tell images apart.
+    """Export a network with random weights, the last of which are large enough to tell
+    images apart; return the bundle's folder.
     """
     network = network_of(arch, generator=torch.Generator().manual_seed(0))
     for name, weight in network.named_parameters():
@@ -50,29 +50,29 @@ def exported(experiment: Experiment, arch: Architecture, scale: float, root: Pat
 
 
 def outputs(file: Path) -> list[list[np.ndarray]]:
-    """LiteRT's outputs of the file for each piece, fed as it is."""
+    """The outputs of LiteRT for each piece, fed as it is."""
     interpreter = Interpreter(str(file), num_threads=1)
     interpreter.allocate_tensors()
     [entry] = interpreter.get_input_details()
     assert entry["dtype"] == np.uint8
-    found = []
+    by_piece = []
     for piece in PIECES:
         interpreter.set_tensor(entry["index"], piece[None])
         interpreter.invoke()
-        found.append(
+        by_piece.append(
             [interpreter.get_tensor(exit_["index"]) for exit_ in interpreter.get_output_details()]
         )
-    return found
+    return by_piece
 
 
 def mediapipe(task: str, file: Path, folder: Path) -> Any:
     np.save(folder / "images.npy", PIECES)
-    return judge("mediapipe", "mediapipe_tasks.py", task, file, folder / "images.npy")
+    return run_reference("mediapipe", "mediapipe_tasks.py", task, file, folder / "images.npy")
 
 
 @pytest.mark.slow
-def test_image_classifier_takes_pixels_and_shows_probabilities(tmp_path: Path) -> None:
-    """With a mean and a std per channel, ImageNet's, which it does not take in a float32 file."""
+def test_image_classifier_takes_pixels_and_returns_probabilities(tmp_path: Path) -> None:
+    """With ImageNet's mean and std per channel, which it refuses in a float32 file."""
     np.savez(tmp_path / "train.npz", x=PIECES, y=np.arange(8))
     np.savez(tmp_path / "test.npz", x=PIECES, y=np.arange(8))
     data = {

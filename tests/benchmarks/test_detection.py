@@ -1,16 +1,16 @@
-"""What a detector learns from 160 photographs, beside what costs nothing to know.
+"""What a detector learns from 160 photographs, compared with untrained baselines.
 
 HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_detection.py --benchmark-only -s
 
 AP on the 40 validation images of the raccoon data, side by side: always the mean box of
-the training images, with score 1; the network of configs/experiments/raccoon.toml as it
-is initialised; trained from scratch; and trained from a backbone that has seen CIFAR-10
+the training images, with score 1; the network of configs/experiments/raccoon.toml as
+initialised; trained from scratch; and trained from a backbone that has seen CIFAR-10
 (``CIFAR_EPOCHS`` epochs). And AP on the 128 images of coco128, 71 classes, after
-training on the same images: whatever is wrong with anchors, matching, losses or boxes
-keeps a detector from overfitting.
+training on the same images: an error in anchors, matching, losses or boxes would keep a
+detector from overfitting.
 
-Runs are kept in ``$HWNAS_DETECTION`` (default runs/detection): stopped and started
-again, it goes on.
+Runs are kept in ``$HWNAS_DETECTION`` (default runs/detection), so a stopped benchmark
+resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def root() -> Path:
 
 
 def train(config: str, *settings: str, out: Path) -> float:
-    """Seconds that ``hwnas train`` took, or 0 where it had been done before."""
+    """The seconds that ``hwnas train`` took, or 0 if it had been done before."""
     done, started = (out / "train" / "train.json").exists(), time.monotonic()
     options = [argument for setting in settings for argument in ("-s", setting)]
     command = [sys.executable, "-m", "hwnas", "train", config, *options, "--out", str(out), "-q"]
@@ -67,7 +67,7 @@ def data() -> Path:
 
 
 def constant_box(train: CocoImages, test: CocoImages) -> CocoMetrics:
-    """The mean box, as fractions of the image, in every test image."""
+    """The metrics of predicting the mean box, as fractions of the image, everywhere."""
     annotations = train.annotations
     relative = []
     for index, image in enumerate(train.chosen):
@@ -82,12 +82,12 @@ def constant_box(train: CocoImages, test: CocoImages) -> CocoMetrics:
 
 
 def coco_numbers(path: Path) -> CocoMetrics:
-    """COCO's numbers of a training's result."""
+    """COCO's metrics in the result of a training."""
     result = TrainResult.load(path)
     return CocoMetrics.model_validate({**result.metrics, "AP_per_class": result.per_class})
 
 
-def test_raccoons(benchmark: Any, data: Path) -> None:
+def test_raccoons_are_learned(benchmark: Any, data: Path) -> None:
     settings = [f"data.path={data / 'raccoon'}"]
     experiment = load_experiment(CONFIG, settings)
     images, test = load_images(experiment.data, "all"), load_images(experiment.data, "test")

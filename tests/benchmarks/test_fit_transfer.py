@@ -1,37 +1,38 @@
-"""Tables fitted from whole networks on real devices: how few measured networks are
-enough, beside simpler ways.
+"""Tables fitted to whole networks on real devices: how few measured networks are
+enough, compared with simpler methods.
 
     pytest tests/benchmarks/test_fit_transfer.py --benchmark-only -s
 
 *A new device* (HELP, MIT): 5,000 networks of FBNet's space at 32 pixels on 19 settings
-of 11 devices. The known devices' tables are fitted from all their 5,000; the new one's
-from 10, 20 or 50, and judged on the rest. A device that is left out is left out in all
-its settings (batch 1, 32, 64), though keeping them changes little. Beside it, from the
-same networks:
+of 11 devices. The known devices' tables are fitted to all their 5,000; the new one's to
+10, 20 or 50, and evaluated on the rest. A device that is left out is left out in all
+its settings (batch 1, 32, 64), though keeping them changes little. For comparison, from
+the same networks:
 
 - *best known*: the known device whose table, scaled by an affine map, fits the measured
   networks best;
-- *hindsight*: the one that turns out best on the judged networks, which nobody can know;
-- *no device*: the fit from the roofline alone;
+- *hindsight*: the one that turns out best on the evaluated networks, which cannot be
+  known in advance;
+- *no device*: the fit from only the roofline;
 - *MACs*: an affine map of the number of multiply-accumulates.
 
 *Two phones* (mobile-ml-benchmark, MIT): the 26 of its networks whose blocks are ops of
-ours, at 224 pixels, from 5 or 10 of them, from the roofline and from this computer's
-table too. The networks are built here by their authors' rules, and checked against the
-file's FLOPs and file sizes. ``HWNAS_CPU_TABLES`` names a folder where this computer's
-tables are, or are to be, kept; without it they are measured anew, which takes about two
+ours, at 224 pixels, from 5 or 10 of them, and from the roofline or also this computer's
+table. The networks are built here by their authors' rules, and checked against the
+file's FLOPs and file sizes. ``HWNAS_CPU_TABLES`` names the folder in which this
+computer's tables are kept; without it they are measured again, which takes about two
 minutes each.
 
-The affine maps minimise the squared relative error; one with a slope below zero is a
-constant. The sizes of deviations, ALIKE, EXACT, INTERCEPT and NOISE were chosen on
+The affine maps minimise the squared relative error; one with a slope below zero becomes
+a constant. The sizes of deviations, ALIKE, EXACT, INTERCEPT and NOISE were chosen on
 these data, from round numbers; most neighbouring values change the means by a few
-percent of themselves; ROOFLINE_RHO and the roofline's own certainty matter more on the
+percent of themselves. ROOFLINE_RHO and the roofline's own certainty matter more on the
 phones.
 
-A known table is taken at its word for ops that no measured network holds. This
-computer's LiteRT takes 3 to 16 times as long for 7 x 7 kernels as for 5 x 5; the phones
-do not. Where none of the measured networks has one, networks that do are predicted
-worse with this computer's table than without.
+A known table is trusted for ops that no measured network contains. This computer's
+LiteRT takes 3 to 16 times as long for 7 x 7 kernels as for 5 x 5; the phones do not. If
+none of the measured networks has one, networks that do are predicted worse with this
+computer's table than without.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from hwnas.export.timing import timing_file
 from hwnas.profile import stage as profiling
 from hwnas.tables.fit import count_ops, fit_table
 from hwnas.tables.prior import Prior
-from hwnas.tables.regression import fit_prices
+from hwnas.tables.regression import fit_costs
 
 DRAWS = 20
 FBNET_COUNTS = (10, 20, 50)
@@ -83,12 +84,12 @@ def data(name: str) -> Path:
 
 
 def affine(x_N: np.ndarray, ms_N: np.ndarray) -> tuple[np.ndarray, float]:
-    """(slope, intercept) of the least squared relative error, and that error."""
+    """(slope, intercept) with the least squared relative error, and that error."""
     columns = np.stack([x_N, np.ones(len(x_N))], axis=1) / ms_N[:, None]
-    found = np.linalg.lstsq(columns, np.ones(len(x_N)), rcond=None)[0]
-    if found[0] <= 0:
-        found = np.array([0.0, 1 / np.mean(1 / ms_N)])
-    return found, float(((columns @ found - 1) ** 2).mean())
+    coefficients = np.linalg.lstsq(columns, np.ones(len(x_N)), rcond=None)[0]
+    if coefficients[0] <= 0:
+        coefficients = np.array([0.0, 1 / np.mean(1 / ms_N)])
+    return coefficients, float(((columns @ coefficients - 1) ** 2).mean())
 
 
 def mape(predicted: np.ndarray, ms: np.ndarray) -> float:
@@ -105,7 +106,7 @@ def rank(predicted: np.ndarray, ms: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Help:
     """HELP's FBNet networks: counts of ops [5000, ops], milliseconds per setting, known
-    prices [settings, ops + 1].
+    latencies of ops and an intercept [settings, ops + 1].
     """
 
     ops: tuple[Op, ...]
@@ -147,7 +148,7 @@ def help_data() -> Help:
     networks = [space.decode(space.at(row)) for row in codes]
     counts = count_ops(space.ops, networks)
     prior = Prior.of(space.ops)
-    fits = [fit_prices(prior, counts, values) for values in ms.values()]
+    fits = [fit_costs(prior, counts, values) for values in ms.values()]
     known = np.array([[*fit.op_ms, fit.intercept_ms] for fit in fits])
     return Help(
         space.ops, networks, counts, np.array([float(arch.macs) for arch in networks]), ms, known
@@ -158,19 +159,24 @@ METHODS = ("ours", "best known", "hindsight", "no device", "MACs")
 
 
 def one_draw(study: Help, setting: str, known: list[int], seen: np.ndarray) -> np.ndarray:
-    """(MAPE, Spearman) of each method on the networks that are not ``seen``: float [methods, 2]."""
+    """(MAPE, Spearman) of each method on the networks that are not ``seen``: float
+    [methods, 2].
+    """
     ms, rest = study.ms[setting], np.setdiff1d(np.arange(len(study.macs)), seen)
     names = tuple(study.settings[i] for i in known)
-    prior, alone = Prior(study.ops, names, study.known[known]), Prior.of(study.ops)
+    prior, roofline = Prior(study.ops, names, study.known[known]), Prior.of(study.ops)
     sums = study.known[known] @ np.c_[study.counts, np.ones(len(ms))].T
     maps = [affine(row[seen], ms[seen]) for row in sums]
-    scaled = [found[0] * row[rest] + found[1] for (found, _), row in zip(maps, sums, strict=True)]
+    scaled = [
+        coefficients[0] * row[rest] + coefficients[1]
+        for (coefficients, _), row in zip(maps, sums, strict=True)
+    ]
     slope, intercept = affine(study.macs[seen], ms[seen])[0]
     predictions = [
-        fit_prices(prior, study.counts[seen], ms[seen]).of(study.counts[rest]),
+        fit_costs(prior, study.counts[seen], ms[seen]).of(study.counts[rest]),
         scaled[int(np.argmin([error for _, error in maps]))],
         min(scaled, key=lambda predicted: mape(predicted, ms[rest])),
-        fit_prices(alone, study.counts[seen], ms[seen]).of(study.counts[rest]),
+        fit_costs(roofline, study.counts[seen], ms[seen]).of(study.counts[rest]),
         slope * study.macs[rest] + intercept,
     ]
     return np.array(
@@ -182,9 +188,9 @@ def transfer(study: Help) -> dict[tuple[str, int], np.ndarray]:
     """Setting and number of networks -> (MAPE, Spearman) per draw and method: float
     [draws, methods, 2].
     """
-    found = {}
+    results = {}
     for setting in study.settings:
-        other = [
+        others = [
             i for i, name in enumerate(study.settings) if device_of(name) != device_of(setting)
         ]
         for count in FBNET_COUNTS:
@@ -192,19 +198,19 @@ def transfer(study: Help) -> dict[tuple[str, int], np.ndarray]:
                 np.random.default_rng([draw, count]).choice(len(study.macs), count, replace=False)
                 for draw in range(DRAWS)
             ]
-            found[setting, count] = np.stack(
-                [one_draw(study, setting, other, seen) for seen in draws]
+            results[setting, count] = np.stack(
+                [one_draw(study, setting, others, seen) for seen in draws]
             )
-    return found
+    return results
 
 
-def show(found: dict[tuple[str, int], np.ndarray], count: int) -> None:
+def show(results: dict[tuple[str, int], np.ndarray], count: int) -> None:
     print(
         f"\n{count} networks: MAPE / Spearman on the others, means of {DRAWS} draws; * behind 'best"
         " known' by over a standard error"
     )
     print(f"{'':16}" + "".join(f"{method:>17}" for method in METHODS))
-    rows = {setting: values for (setting, n), values in found.items() if n == count}
+    rows = {setting: values for (setting, n), values in results.items() if n == count}
     for setting, values in rows.items():
         behind = behind_by(values) > 1
         cells = [
@@ -228,11 +234,11 @@ def behind_by(values: np.ndarray) -> np.ndarray:
     return margins
 
 
-def test_a_new_device_from_few_networks(benchmark: Any) -> None:
-    found = benchmark.pedantic(transfer, args=(help_data(),), rounds=1, iterations=1)
+def test_a_new_device_is_predicted_from_few_networks(benchmark: Any) -> None:
+    results = benchmark.pedantic(transfer, args=(help_data(),), rounds=1, iterations=1)
     for count in FBNET_COUNTS:
-        show(found, count)
-    margins = np.stack([behind_by(values) for values in found.values()])
+        show(results, count)
+    margins = np.stack([behind_by(values) for values in results.values()])
     print(
         f"behind 'best known' by over one standard error: {(margins > 1).sum()} of {margins.size};"
         f" over two: {(margins > 2).sum()}"
@@ -240,8 +246,10 @@ def test_a_new_device_from_few_networks(benchmark: Any) -> None:
     assert margins.max() <= 2
 
 
-def test_whether_more_networks_would_help(benchmark: Any) -> None:
-    """What a fit from 20 networks of a device promises of 20 more, against what 40 then do."""
+def test_the_table_says_whether_more_networks_would_help(benchmark: Any) -> None:
+    """The gain that a fit to 20 networks of a device promises from 20 more, against the
+    error with 40.
+    """
     study = help_data()
     unknown = TableHeader.model_validate(
         {**dict.fromkeys(TableHeader.model_fields, "unknown"), "space": "fbnet"}
@@ -260,34 +268,34 @@ def test_whether_more_networks_would_help(benchmark: Any) -> None:
                     np.random.default_rng(0),
                 )
                 assert table.calibration is not None and table.calibration.held_out is not None
-                said = table.provenance["more_networks"]
+                advice = table.provenance["more_networks"]
                 promised = (
-                    float(said.removesuffix("%").rpartition(" ")[2]) / 100
-                    if "would bring" in said
+                    float(advice.removesuffix("%").rpartition(" ")[2]) / 100
+                    if "would bring" in advice
                     else None
                 )
                 true = [
                     mape(
-                        fit_prices(prior, study.counts[part], ms[part]).of(study.counts[rest]),
+                        fit_costs(prior, study.counts[part], ms[part]).of(study.counts[rest]),
                         ms[rest],
                     )
                     for part in (few, many)
                 ]
                 yield setting, table.calibration.held_out.mape, true[0], promised, true[1]
 
-    found = benchmark.pedantic(lambda: list(promises()), rounds=1, iterations=1)
-    helped = [row for row in found if row[3] is not None]
-    others = [row for row in found if row[3] is None]
-    print(f"\n20 networks, no known device: {len(found)} fits on {len(study.ms)} settings")
-    judged, true = (np.mean([row[i] for row in found]) for i in (1, 2))
-    print(f"  cross-validated error {judged:.2%}, on the other 4,960 networks {true:.2%}")
-    for label, rows in (("said to help", helped), ("said hardly to", others)):
+    fits = benchmark.pedantic(lambda: list(promises()), rounds=1, iterations=1)
+    helped = [row for row in fits if row[3] is not None]
+    others = [row for row in fits if row[3] is None]
+    print(f"\n20 networks, no known device: {len(fits)} fits on {len(study.ms)} settings")
+    cross_validated, true = (np.mean([row[i] for row in fits]) for i in (1, 2))
+    print(f"  cross-validated error {cross_validated:.2%}, on the other 4,960 networks {true:.2%}")
+    for label, rows in (("expected to help", helped), ("expected hardly to", others)):
         gain = np.mean([1 - row[4] / row[2] for row in rows])
         print(
             f"  20 more {label}: {len(rows)} fits, whose error then fell by {gain:.0%} on average"
         )
     print(f"  promised there: {np.mean([1 - (row[3] or 0) / row[1] for row in helped]):.0%}")
-    assert judged == pytest.approx(true, rel=0.2)
+    assert cross_validated == pytest.approx(true, rel=0.2)
 
 
 # Two phones
@@ -333,8 +341,8 @@ def chain(
 
 
 def mobilenet_v2(name: str, width: float, expand_first: bool) -> Architecture:
-    """pytorchcv's widths are cut off, not rounded; its ``mobilenetv2`` expands the
-    first block by 1, ``mobilenetv2b`` not at all.
+    """pytorchcv truncates widths instead of rounding them; its ``mobilenetv2`` expands
+    the first block by 1, ``mobilenetv2b`` not at all.
     """
     blocks, in_ch = [], int(32 * width)
     for t, channels, count, first_stride in (
@@ -374,8 +382,8 @@ V3_SMALL = (
 
 
 def mobilenet_v3(name: str, width: float, text: str, relu_blocks: int, head: int) -> Architecture:
-    """As pytorchcv has it: both widths scaled and rounded to 8, a hidden layer of 1280
-    in the small one too.
+    """As in pytorchcv: both widths are scaled and rounded to multiples of 8, and the
+    small one also has a hidden layer of 1280.
     """
 
     def scaled(channels: int) -> int:
@@ -400,18 +408,18 @@ def mobilenet_v3(name: str, width: float, text: str, relu_blocks: int, head: int
 
 @cache
 def phone_networks() -> dict[str, Architecture]:
-    """The networks of mobile-ml-benchmark whose blocks are ops of ours, under its
+    """The networks of mobile-ml-benchmark whose blocks are ops of ours, by its
     (pytorchcv's) names.
     """
-    found = {}
+    by_name = {}
     for suffix, width in {"w1": 1.0, "w3d4": 0.75, "wd2": 0.5, "wd4": 0.25}.items():
         for kind, expand_first in {"mobilenetv2": True, "mobilenetv2b": False}.items():
-            found[f"{kind}_{suffix}"] = mobilenet_v2(f"{kind}_{suffix}", width, expand_first)
+            by_name[f"{kind}_{suffix}"] = mobilenet_v2(f"{kind}_{suffix}", width, expand_first)
     for suffix, width in {"w7d20": 0.35, "wd2": 0.5, "w3d4": 0.75, "w1": 1.0, "w5d4": 1.25}.items():
-        found[f"mobilenetv3_large_{suffix}"] = mobilenet_v3(
+        by_name[f"mobilenetv3_large_{suffix}"] = mobilenet_v3(
             f"mobilenetv3_large_{suffix}", width, V3_LARGE, 6, 960
         )
-        found[f"mobilenetv3_small_{suffix}"] = mobilenet_v3(
+        by_name[f"mobilenetv3_small_{suffix}"] = mobilenet_v3(
             f"mobilenetv3_small_{suffix}", width, V3_SMALL, 3, 576
         )
     same = (
@@ -426,7 +434,7 @@ def phone_networks() -> dict[str, Architecture]:
         "spnasnet": "single_path_nas",
         "fbnet_cb": "fbnet_c",
     }
-    return found | {name: published(published_name) for name, published_name in ours.items()}
+    return by_name | {name: published(published_name) for name, published_name in ours.items()}
 
 
 def phone_ops() -> tuple[Op, ...]:
@@ -440,7 +448,7 @@ def phone_rows() -> dict[str, dict[str, str]]:
 
 
 def cpu_table(dtype: str, folder: Path) -> LatencyTable:
-    """This computer's table of the phones' networks with LiteRT: read, or measured and kept."""
+    """This computer's LiteRT table of those networks: read, or measured and kept."""
     path = (
         Path(os.environ.get("HWNAS_CPU_TABLES", folder)) / f"phone_networks-litert-{dtype}-1t.json"
     )
@@ -449,7 +457,7 @@ def cpu_table(dtype: str, folder: Path) -> LatencyTable:
         plan = profiling.Plan(phone_ops(), tuple(networks[::2]), tuple(networks[1::2]))
         settings, config = DeviceConfig(runtime="litert", dtype=dtype), ProfileConfig()
         with pytest.MonkeyPatch.context() as patch:
-            # a profile is of a space, and these networks are of none
+            # a profile needs a space, and these networks belong to none
             patch.setattr(profiling, "make_plan", lambda *_: plan)
             table = profiling.profile(
                 Bench(HOST, connect(HOST), settings, timing_file, path.parent / path.stem),
@@ -464,12 +472,12 @@ def cpu_table(dtype: str, folder: Path) -> LatencyTable:
 
 
 def test_the_networks_are_those_of_the_file(benchmark: Any) -> None:
-    """Their files hold float weights and biases; FLOPs are twice the MACs, and a little
-    for SE and hard swish.
+    """Their files hold float weights and biases; FLOPs are twice the MACs, plus a
+    little for SE and hard swish.
     """
     rows, networks = phone_rows(), benchmark.pedantic(phone_networks, rounds=1, iterations=1)
     for name, arch in networks.items():
-        # a BN is a bias in the file
+        # in the file, a BN is only a bias
         folded = sum(layer.out_ch for op in arch.blocks for layer in op.layers if layer.norm)
         assert 4 * (arch.params - folded) == pytest.approx(float(rows[name]["size"]), rel=0.01), (
             name
@@ -489,18 +497,20 @@ PHONE_METHODS = (
 
 
 def phones(tables: dict[str, LatencyTable]) -> dict[tuple[str, int], np.ndarray]:
-    """Setting and number of networks -> MAPE per method on the other networks: float [methods]."""
+    """Setting and number of networks -> MAPE per method on the other networks: float
+    [methods].
+    """
     rows, networks = phone_rows(), phone_networks()
     counts, macs = (
         count_ops(phone_ops(), list(networks.values())),
         np.array([float(arch.macs) for arch in networks.values()]),
     )
-    alone = Prior.of(phone_ops())
+    roofline = Prior.of(phone_ops())
     priors = {
         kind: Prior.of(phone_ops(), [tables[dtype]])
         for kind, dtype in (("float", "fp32"), ("quant", "int8"))
     }
-    found: dict[tuple[str, int], list[list[float]]] = defaultdict(list)
+    results: dict[tuple[str, int], list[list[float]]] = defaultdict(list)
     for column in [
         name.removesuffix("|mean") for name in rows["mnasnet_b1"] if name.endswith("|mean")
     ]:
@@ -513,30 +523,30 @@ def phones(tables: dict[str, LatencyTable]) -> dict[tuple[str, int], np.ndarray]
                 seen, rest = order[:count], order[count:]
                 maps = [affine(x[seen], ms[seen])[0] for x in (sums, macs)]
                 predictions = [
-                    fit_prices(one, counts[seen], ms[seen]).of(counts[rest])
-                    for one in (prior, alone)
+                    fit_costs(chosen, counts[seen], ms[seen]).of(counts[rest])
+                    for chosen in (prior, roofline)
                 ]
                 predictions += [
                     slope * x[rest] + fixed
                     for (slope, fixed), x in zip(maps, (sums, macs), strict=True)
                 ]
-                found[column, count].append(
+                results[column, count].append(
                     [mape(predicted, ms[rest]) for predicted in predictions]
                 )
-    return {key: np.mean(values, axis=0) for key, values in found.items()}
+    return {key: np.mean(values, axis=0) for key, values in results.items()}
 
 
-def test_two_phones_from_few_networks(benchmark: Any, tmp_path: Path) -> None:
+def test_two_phones_are_predicted_from_few_networks(benchmark: Any, tmp_path: Path) -> None:
     tables = {dtype: cpu_table(dtype, tmp_path) for dtype in ("fp32", "int8")}
-    found = benchmark.pedantic(phones, args=(tables,), rounds=1, iterations=1)
+    results = benchmark.pedantic(phones, args=(tables,), rounds=1, iterations=1)
     print(
         f"\nMAPE on the others of {len(phone_networks())} networks, means of {DRAWS} draws, from"
         f" {' / '.join(map(str, PHONE_COUNTS))}"
     )
     print(f"{'':24}" + "".join(f"{method:>26}" for method in PHONE_METHODS))
-    for column in dict.fromkeys(column for column, _ in found):
+    for column in dict.fromkeys(column for column, _ in results):
         cells = [
-            " / ".join(f"{found[column, count][m]:.1%}" for count in PHONE_COUNTS)
+            " / ".join(f"{results[column, count][m]:.1%}" for count in PHONE_COUNTS)
             for m in range(len(PHONE_METHODS))
         ]
         print(f"{column:24}" + "".join(f"{cell:>26}" for cell in cells))
@@ -545,7 +555,7 @@ def test_two_phones_from_few_networks(benchmark: Any, tmp_path: Path) -> None:
             count: np.mean(
                 [
                     values
-                    for (column, n), values in found.items()
+                    for (column, n), values in results.items()
                     if n == count and column.endswith(kind)
                 ],
                 axis=0,

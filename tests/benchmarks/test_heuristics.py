@@ -1,18 +1,19 @@
-"""Which settings of a super-net's training decide whether it ranks right? One changed
-at a time, on NAS-Bench-Macro.
+"""Which training settings decide whether a super-net ranks correctly? They are changed
+one at a time, on NAS-Bench-Macro.
 
 HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_heuristics.py --benchmark-only -s
 
 Every row is ``hwnas study rank configs/experiments/nasbench-macro-rank.toml`` with the
 settings ``SMALL`` and those of the row: images of 16 px, half of the channels and few
-epochs, or the study would take days on a CPU, and options with weights of their own, as
-in SPOS. Kendall's tau with the true accuracies, of the same ``ARCHITECTURES`` networks,
-by the recalibrated accuracy and its 95 % interval over architectures, the recalibrated
-loss, the accuracy without recalibration and the angle; what MACs reach stands beside
-it. One seed: the interval says nothing of other seeds.
+epochs, as the study would otherwise take days on a CPU; and separate weights for each
+option, as in SPOS. It shows Kendall's tau with the true accuracies of the same
+``ARCHITECTURES`` networks, for the recalibrated accuracy (with its 95 % interval over
+architectures), the recalibrated loss, the accuracy without recalibration and the angle,
+and for comparison that of MACs. There is one seed, so the interval does not cover
+differences between seeds.
 
-Runs are kept in ``$HWNAS_HEURISTICS`` (default runs/heuristics): stopped and started
-again, it goes on.
+Runs are kept in ``$HWNAS_HEURISTICS`` (default runs/heuristics), so a stopped benchmark
+resumes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SMALL = (
     "data.resolution=16",
     "data.held_out=0.1",
     "search.epochs=2",
-    # no step at 8 px
+    # all steps at full resolution, none at 8 px
     (
         "search.supernet={sharing = 'separate', proxy_width = 0.5, proxy_resolution = 8,"
         " full_resolution = 1.0}"
@@ -93,7 +94,7 @@ def data() -> Path:
 
 
 def study(data: Path, settings: tuple[str, ...], out: Path) -> float:
-    """Seconds that the study took, or 0 where it had been done before."""
+    """The seconds that the study took, or 0 if it had been done before."""
     done, started = (out / "rank" / "study.json").exists(), time.monotonic()
     sources = (f"data.path={data / 'cifar10'}", f"study.truth={data / 'macro.csv'}")
     options = [
@@ -115,7 +116,7 @@ def study(data: Path, settings: tuple[str, ...], out: Path) -> float:
     return 0.0 if done else time.monotonic() - started
 
 
-def test_one_setting_at_a_time(benchmark: Any, data: Path) -> None:
+def test_settings_are_changed_one_at_a_time(benchmark: Any, data: Path) -> None:
     folders = {
         name: root() / "".join(letter if letter.isalnum() else "-" for letter in name)
         for name in VARIANTS
@@ -135,10 +136,11 @@ def test_one_setting_at_a_time(benchmark: Any, data: Path) -> None:
             for score in RankStudy.load(folder / "rank" / "study.json").scores
         }
         tau = scores["accuracy"]
-        others = "".join(f" {scores[each].value:8.3f}" for each in SCORES[1:])
+        others = "".join(f" {scores[score_name].value:8.3f}" for score_name in SCORES[1:])
         print(
             f"{name:28} {tau.value:.3f} ({tau.low:.3f} to {tau.high:.3f})   {others}"
             f" {seconds[name]:8.0f}"
         )
-        # beyond chance: 100 networks at random stay below 0.14 in 95 % of cases
+        # better than chance: for 100 networks in random order, tau is below 0.14 in
+        # 95 % of cases
         assert scores["loss"].value > 0.3

@@ -1,15 +1,15 @@
-"""Every search method at equal cost, then the same stand-alone training, beside random
-networks of the same budget.
+"""Every search method at equal cost, followed by the same standalone training, compared
+with random networks within the same budget.
 
 HWNAS_TEST_DATA=../shared/data pytest tests/benchmarks/test_methods.py --benchmark-only -s
 
 On a part of CIFAR-10 (``IMAGES`` training images, all test images), space mobile32 at
 half width, the table of this CPU, one latency budget, seeds 0 to ``HWNAS_SEEDS`` - 1
-(default 3). *Equal cost*: the CPU seconds per step of each method, and per architecture
-that its finder judges, are measured first, in this process; its steps are what then
-fits into ``SEARCH_SECONDS`` of one core. The last ranking of eight candidates, the same
-for all, comes on top. Two runs go on at a time, one core each. They are kept in
-``$HWNAS_METHODS`` (default runs/methods): stopped and started again, it goes on.
+(default 3). *Equal cost*: the CPU seconds of each method per step, and per architecture
+that its finder evaluates, are measured first, in this process; it gets as many steps as
+then fit into ``SEARCH_SECONDS`` of one core. The last ranking of eight candidates, the
+same for all, is extra. Two runs execute at a time, on one core each. They are kept in
+``$HWNAS_METHODS`` (default runs/methods), so a stopped benchmark resumes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ from hwnas.search.stage import prepare, search_context
 CONFIG = "configs/experiments/methods-cifar10.toml"
 IMAGES, SEARCH_SECONDS, RANDOM_NETWORKS = 10_000, 100.0, 5
 PROBE_STEPS = 24
-"""Steps of the short search that measures a method's seconds per step: all its phases in small."""
+"""Steps of the short search that measures a method's seconds per step; it has all of
+the method's phases.
+"""
 
 EVOLUTION = "generations = 4, population = 10, parents = 5, mutations = 5, crossovers = 5"
 EVALUATIONS = {"spos": 40, "progressive_shrinking": 40, "fairnas": 40, "random_standalone": 5}
-"""Architectures that a method's finder judges, at most."""
+"""The most architectures that a method's finder evaluates."""
 
-# options for a search of a few hundred steps: rates are ours, as the papers' are for
-# tens of thousands of steps
+# options for a search of a few hundred steps: the rates are ours, as the papers' are
+# for tens of thousands of steps
 METHODS = {
     "tunas": '{name = "tunas", rl_lr = 0.02}',
     "proxylessnas": '{name = "proxylessnas", alpha_lr = 0.05, arch_every = 2}',
@@ -122,8 +124,8 @@ def steps_per_epoch(config: Experiment) -> float:
 
 
 def measured(data: Path, table: Path, strategy: str, folder: Path) -> dict[str, float]:
-    """Seconds per step, the mean over a search in small without its first step; and per
-    architecture judged.
+    """Seconds per step, on average over a short search without its first step, and per
+    evaluated architecture.
     """
     torch.set_num_threads(1)
     config = experiment(data, strategy, 0)
@@ -141,7 +143,9 @@ def measured(data: Path, table: Path, strategy: str, folder: Path) -> dict[str, 
         prepared.engine.step = step
         prepared.step(step)
     per_step = (time.process_time() - started) / (PROBE_STEPS - 1)
-    members = prepared.strategy.alone or [space.sample(np.random.default_rng(i)) for i in range(4)]
+    members = prepared.strategy.standalone or [
+        space.sample(np.random.default_rng(i)) for i in range(4)
+    ]
     prepared.evaluator.evaluate(members[0])
     started = time.process_time()
     for picks in members[1:]:
@@ -166,7 +170,9 @@ def trained(out: Path, data: Path, arguments: list[str], seed: int) -> dict[str,
 
 
 def searched(name: str, data: Path, table: Path, epochs: float, seed: int) -> dict[str, Any]:
-    """Search and train; what came out, and how long the search took with finding and ranking."""
+    """Search and train; return the results, and how long the search took including
+    finding and ranking.
+    """
     out = root() / f"{name.replace(' ', '-').strip('()')}-{seed}"
     settings = [
         "-s",
@@ -189,12 +195,12 @@ def searched(name: str, data: Path, table: Path, epochs: float, seed: int) -> di
         str(out),
     )
     seconds = time.perf_counter() - started
-    seconds_file = out / "seconds.json"  # a second call skips what is current
+    seconds_file = out / "seconds.json"  # kept, as a second call skips the search
     if not seconds_file.exists():
         seconds_file.write_text(json.dumps(seconds))
-    found = json.loads((out / "search/search.json").read_text())
+    result = json.loads((out / "search/search.json").read_text())
     accuracy = trained(out, data, settings, seed)["metrics"]["accuracy"]
-    latency = found["candidates"][0]["predicted"] / found["target"] - 1
+    latency = result["candidates"][0]["predicted"] / result["target"] - 1
     return {
         "method": name,
         "accuracy": accuracy,
@@ -204,7 +210,7 @@ def searched(name: str, data: Path, table: Path, epochs: float, seed: int) -> di
 
 
 def random_network(number: int, data: Path, table: Path, seed: int) -> dict[str, Any]:
-    """One of the random networks within the budget, trained with a seed of its own."""
+    """One of the random networks within the budget, drawn and trained with a seed."""
     config = experiment(data, METHODS["random"], seed)
     space = experiment_space(config)
     context = search_context(config, space, LatencyTable.load(table))
@@ -265,20 +271,20 @@ def test_methods_at_equal_cost(benchmark: Any, data: Path, table: Path, tmp_path
         f" {'ms/step':>8} {'search s':>9}"
     )
     for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == name]
-        accuracies = [100 * row["accuracy"] for row in mine]
+        of_method = [row for row in rows if row["method"] == name]
+        accuracies = [100 * row["accuracy"] for row in of_method]
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
-        worst = max((row["latency"] for row in mine), key=abs)
+        worst = max((row["latency"] for row in of_method), key=abs)
         steps = (
             f"{epochs[name] * per_epoch:6.0f} {1000 * cost[name]['step']:8.0f}"
             if name in epochs
             else f"{'-':>6} {'-':>8}"
         )
-        seconds = statistics.mean(row["seconds"] for row in mine)
+        seconds = statistics.mean(row["seconds"] for row in of_method)
         print(
             f"{name:30} {statistics.mean(accuracies):15.1f} +- {spread:5.1f} {worst:+18.1%} {steps}"
             f" {seconds:9.0f}"
         )
-        assert all(abs(row["latency"]) <= 0.02 for row in mine), (
+        assert all(abs(row["latency"]) <= 0.02 for row in of_method), (
             "a searched network missed the budget"
         )

@@ -1,5 +1,5 @@
-"""What prices cost: architectures per second, and the expected latency's gradient
-beside a super-net step, in one run.
+"""The speed of cost models: architectures per second, and the time for the expected
+latency's gradient relative to a super-net step, in one run.
 
 pytest tests/benchmarks/test_pricing.py --benchmark-only -s
 """
@@ -41,17 +41,17 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 @pytest.mark.parametrize("name", ["proxylessnas", ENLARGED])
-def test_architectures_priced_per_second(benchmark: Any, name: str) -> None:
+def test_architectures_costed_per_second(benchmark: Any, name: str) -> None:
     torch.set_num_threads(1)
     cost = cost_model(name)
     index_NC = uniform_index(cost.space, 100_000, np.random.default_rng(0))
     benchmark(lambda: cost.costs(index_NC))
     rate = len(index_NC) / benchmark.stats.stats.median
-    print(f"\n{rate:,.0f} architectures of {name} priced per second")
+    print(f"\n{rate:,.0f} architectures of {name} costed per second")
     assert rate > 100_000
 
 
-def test_architectures_held_against_three_limits_per_second(benchmark: Any) -> None:
+def test_architectures_checked_against_three_limits_per_second(benchmark: Any) -> None:
     cost = cost_model(ENLARGED)
     others = [
         MacsLimit(kind="macs", max_macs=10**9),
@@ -62,14 +62,16 @@ def test_architectures_held_against_three_limits_per_second(benchmark: Any) -> N
     benchmark(lambda: (cost.costs(index_NC) <= 1000.0) & limits.feasible(index_NC))
     rate = len(index_NC) / benchmark.stats.stats.median
     print(
-        f"\n{rate:,.0f} architectures of {ENLARGED} held against latency, MACs and peak memory per"
-        " second"
+        f"\n{rate:,.0f} architectures of {ENLARGED} checked against latency, MACs and peak memory"
+        " per second"
     )
     assert rate > 100_000
 
 
-def test_the_gradient_of_expected_latency_beside_a_super_net_step(benchmark: Any) -> None:
-    """One core; a step is forward and backward of one sampled path, 64 images of 32 pixels."""
+def test_the_gradient_of_expected_latency_against_a_super_net_step(benchmark: Any) -> None:
+    """On one core; a step is a forward and backward pass of one sampled path, for 64
+    images of 32 pixels.
+    """
     torch.set_num_threads(1)
     cost = cost_model(ENLARGED, resolution=32, classes=10)
     space, rng = cost.space, np.random.default_rng(0)

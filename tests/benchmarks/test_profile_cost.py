@@ -1,8 +1,8 @@
-"""What a profile costs: writing the files of ops beside converting them one by one, and
-whole profiles from nothing.
+"""What a profile costs: writing the files of ops against converting them one by one,
+and whole profiles from nothing.
 
 pytest tests/benchmarks/test_profile_cost.py --benchmark-only -s                 # needs two quiet cores
-pytest tests/benchmarks/test_profile_cost.py --benchmark-only -s -k one_by_one   # the first part alone, which bears a busy machine
+pytest tests/benchmarks/test_profile_cost.py --benchmark-only -s -k one_by_one   # only the first part, which tolerates a busy machine
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def convert(op: Op, runtime: str, dtype: str, path: Path) -> None:
-    """One op by the converter of its format, with the weights that ``timing_file`` gives it."""
+    """Convert an op for its format, with the weights that ``timing_file`` gives it."""
     module, shape = build(op).eval(), (1, op.in_ch, op.size, op.size)
     initialise(module, torch.Generator().manual_seed(0))
     if runtime == "onnxruntime":
@@ -60,11 +60,11 @@ def convert(op: Op, runtime: str, dtype: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("runtime", "dtype"), [("litert", "fp32"), ("litert", "int8"), ("onnxruntime", "fp32")]
 )
-def test_writing_beside_converting_one_by_one(
+def test_writing_against_converting_one_by_one(
     benchmark: Any, tmp_path: Path, runtime: str, dtype: str, monkeypatch: Any
 ) -> None:
-    """Time to make a file, and what the files then take: in pairs, one after the other,
-    in every round.
+    """The time to make a file, and the latency of the files, which run in pairs, one
+    after the other, in every round.
     """
     monkeypatch.setenv("HWNAS_CACHE", str(tmp_path / "cache"))
     space = [
@@ -98,7 +98,7 @@ def test_writing_beside_converting_one_by_one(
         {"id": f"{maker} {op.key}", "path": str(files[maker, op.key]), "round": number}
         for number in range(ROUNDS)
         for op in ops
-        for maker in (makers if number % 2 else makers[::-1])
+        for maker in (makers if number % 2 else makers[::-1])  # each goes first in turn
     ]
     connection = connect(HOST)
     plan = {"runtime": runtime, "threads": 1, "cores": list(connection.cores(1)), "items": items}
@@ -124,7 +124,7 @@ def test_writing_beside_converting_one_by_one(
 
 
 def descent(pid: int) -> Iterator[int]:
-    """A process and all that it started."""
+    """The ids of a process and of all its descendants."""
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
@@ -133,7 +133,7 @@ def descent(pid: int) -> Iterator[int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """What a process holds in memory; pages that it shares with others count in full."""
+    """The memory that a process occupies; pages shared with others count in full."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # it has ended
@@ -146,8 +146,8 @@ def resident_bytes(pid: int) -> int:
 def test_a_whole_profile_from_nothing(
     benchmark: Any, tmp_path: Path, space: str, limit_s: float
 ) -> None:
-    """LiteRT fp32 at 224 px, an empty cache, the default settings: plan, build, measure
-    and calibrate.
+    """LiteRT fp32 at 224 px, with an empty cache and the default settings: plan, build,
+    measure and calibrate.
     """
     settings = {"space.name": space, "data.resolution": "224", "data.classes": "1000"}
     command = [sys.executable, "-m", "hwnas", "profile", "--out", str(tmp_path / "run"), "-q"]
@@ -155,7 +155,7 @@ def test_a_whole_profile_from_nothing(
     environment = os.environ | {"HWNAS_CACHE": str(tmp_path / "cache")}
 
     def profiled() -> tuple[int, int]:
-        """Exit status, and the largest resident memory of all its processes together."""
+        """The exit status, and the peak resident memory of all processes together."""
         peak_bytes, process = 0, subprocess.Popen(command, env=environment)
         while process.poll() is None:
             peak_bytes = max(peak_bytes, sum(map(resident_bytes, descent(process.pid))))

@@ -1,5 +1,5 @@
-"""The demo, from an empty run folder, on three seeds: is the budget met, is the promise
-kept, how long and how large is it?
+"""The demo, from an empty run folder, with three seeds: is the budget met, is the
+promise kept, and how much time and memory does it take?
 
 pytest tests/benchmarks/test_quickstart.py --benchmark-only -s        # eight to fifteen minutes on two cores
 """
@@ -42,7 +42,7 @@ def test_quickstart(benchmark: Any, tmp_path: Path, seed: int) -> None:
         time.monotonic() - start,
         resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6,
     )
-    found = SearchResult.load(tmp_path / "search" / "search.json")
+    search = SearchResult.load(tmp_path / "search" / "search.json")
     verdict = Verdict.load(tmp_path / "validate" / "verdict.json")
     fp32, int8 = (
         next(file for file in verdict.files if file.dtype == dtype) for dtype in ("fp32", "int8")
@@ -57,8 +57,8 @@ def test_quickstart(benchmark: Any, tmp_path: Path, seed: int) -> None:
         f" {'passed' if verdict.passed else 'FAILED'}"
     )
     print(
-        f"  target {found.target:.4f} ms; predicted {fp32.predicted_ms:.4f} ms"
-        f" ({fp32.predicted_ms / found.target - 1:+.1%})"
+        f"  target {search.target:.4f} ms; predicted {fp32.predicted_ms:.4f} ms"
+        f" ({fp32.predicted_ms / search.target - 1:+.1%})"
     )
     print(
         f"  measured {fp32.measured_ms:.4f} ms ({fp32.measured_ms / fp32.predicted_ms - 1:+.1%} of"
@@ -71,7 +71,7 @@ def test_quickstart(benchmark: Any, tmp_path: Path, seed: int) -> None:
     )
     print(f"  int8 / fp32 latency {int8.measured_ms / fp32.measured_ms:.2f}")
     assert done.returncode == 0
-    assert abs(fp32.predicted_ms / found.target - 1) <= 0.02
+    assert abs(fp32.predicted_ms / search.target - 1) <= 0.02
     assert abs(fp32.latency_error) <= 0.05
     assert int8.measured_ms < fp32.measured_ms and int8.loss <= 0.02
     assert b"<html" in read_bytes(tmp_path / "report" / "report.html")

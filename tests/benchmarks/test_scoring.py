@@ -1,11 +1,11 @@
-"""Scoring architectures by a super-net: what it saves that blocks which neighbours have
-in common run once.
+"""Scoring architectures with a super-net: what is saved by running the blocks that
+neighbours share only once.
 
 pytest tests/benchmarks/test_scoring.py --benchmark-only -s
 
-300 random networks of NAS-Bench-Macro in the order of their blocks, as ``hwnas study
-rank`` scores them: BN statistics of 64 images of 32 px, logits of 64 others. Whole
-passes and shared ones take turns, network by network, in one process and on one thread.
+300 random networks of NAS-Bench-Macro, sorted by their blocks, as ``hwnas study rank``
+scores them: BN statistics of 64 images of 32 px, logits of 64 others. Whole passes and
+shared ones take turns, network by network, in one process and on one thread.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ def test_shared_passes_against_whole_ones(benchmark: Any) -> None:
     torch.set_num_threads(1)
     space = nasbench_macro()
     supernet = make_supernet(space, torch.Generator().manual_seed(0)).eval()
-    estimating, judged = images(1, 1), images(1, 2)
-    prefixes = Prefixes(Maps(estimating, judged))
+    estimating, evaluated = images(1, 1), images(1, 2)
+    prefixes = Prefixes(Maps(estimating, evaluated))
     drawn = np.random.default_rng(0).choice(space.size, NETWORKS, replace=False)
     rows = sorted(
         tuple(
             int(digit)
-            for digit in np.unravel_index(each, [len(choice.options) for choice in space.choices])
+            for digit in np.unravel_index(number, [len(choice.options) for choice in space.choices])
         )
-        for each in drawn
+        for number in drawn
     )
 
     def network(row: tuple[int, ...]) -> ClassificationNetwork:
-        found = supernet.extract(space.at(row)).to(memory_format=torch.channels_last)
-        assert isinstance(found, ClassificationNetwork)
-        return found
+        extracted = supernet.extract(space.at(row)).to(memory_format=torch.channels_last)
+        assert isinstance(extracted, ClassificationNetwork)
+        return extracted
 
     def measure() -> tuple[float, float]:
         whole = shared = 0.0
         for row in rows:
             begin = time.perf_counter()
-            alone = network(row)
-            recalibrate(alone, estimating)
+            separate = network(row)
+            recalibrate(separate, estimating)
             with torch.inference_mode():
-                expected = [alone(x_NCHW) for x_NCHW in judged]
+                expected = [separate(x_NCHW) for x_NCHW in evaluated]
             middle = time.perf_counter()
-            found = prefixes.logits(network(row))
+            logits = prefixes.logits(network(row))
             whole, shared = whole + middle - begin, shared + time.perf_counter() - middle
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
         return whole, shared
 
     whole, shared = benchmark.pedantic(measure, rounds=1, iterations=1)

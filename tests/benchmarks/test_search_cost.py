@@ -1,25 +1,25 @@
-"""What a step of every search method costs, in time and memory, against training the
-same networks alone.
+"""What a step of every search method costs, in time and memory, against standalone
+training of the same networks.
 
 pytest tests/benchmarks/test_search_cost.py --benchmark-only -s
 
 Batches of CIFAR-10's size (64 x 3 x 32 x 32), space mobile32, one thread. The real
 strategies train a super-net on an engine; the networks that a step has sampled are then
-trained on the same batch, each by an engine of its own, step by step in turns. Methods
-that mix all options are compared with networks drawn uniformly. Ratios are medians over
-the repetitions.
+trained on the same batch, each by its own engine, step by step in turns. Methods that
+mix all options are compared with networks drawn uniformly. Ratios are medians over the
+repetitions.
 
 - *time*: the weight step (``SearchContext.train``); *whole*: a step of the strategy
-  with its own updates, in the phase in which it makes them. Both relative to the
-  stand-alone steps of the same networks, of which FairNAS has five a step.
-- TuNAS's first steps, where its op warm-up averages all options, have rows of their
-  own; the paper's warm-up costs that time, so it has no bar.
-- *memory*: the largest sum of live tensors above what was there before the step,
-  weights' gradients included, by torch's profiler; relative to the largest of those
-  networks.
+  with its own updates, in the phase in which it makes them. Both are relative to the
+  standalone steps of the same networks, of which FairNAS has five per step.
+- TuNAS's first steps, in which its op warm-up averages all options, have their own
+  rows; the paper's warm-up takes that time, so it has no limit.
+- *memory*: the largest sum of live tensors, beyond those from before the step and
+  including the weights' gradients, by torch's profiler; relative to the largest of
+  those networks.
 
-``test_judging_with_a_trained_super_net`` is what ``search.weights`` with evolution
-costs per architecture.
+``test_evaluating_with_a_trained_super_net`` measures what ``search.weights`` with
+evolution costs per architecture.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from hwnas.search.strategy import Gates, Metrics, SearchContext, Strategy
 from hwnas.search.weights import Batches, SupernetWeights
 from hwnas.testing import prepared, synthetic_table
 
-# torch's profiler tells nobody that it starts and stops
+# keeps torch's profiler from logging that it starts and stops
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 SPACE = mobile32()
@@ -74,7 +74,7 @@ skip decisions average all their options.
 
 @dataclass(frozen=True)
 class Method:
-    """A strategy with its settings, and what may be asked of it: upper bounds of the ratios."""
+    """A strategy with its settings, and upper limits for its ratios."""
 
     title: str
     strategy: str
@@ -119,14 +119,14 @@ class Noise(Images):
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+    """The wall time of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most memory that live tensors took during a call, above what they took before."""
+    """The peak memory of live tensors during a call, beyond that from before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None
@@ -137,9 +137,9 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return int(max(np.cumsum(changes), default=0))
 
 
-def test_peak_of_a_known_case() -> None:
-    """8 MB live at once, 4 MB of them freed before the next 2 MB come; what was there
-    before does not count.
+def test_the_peak_of_a_known_case() -> None:
+    """8 MB are live at once, and 4 MB of them are freed before the next 2 MB; tensors
+    from before the call do not count.
     """
     megabyte = 2**20
     before = torch.zeros(3 * megabyte, dtype=torch.uint8)
@@ -174,8 +174,8 @@ class Search:
     """A search in full swing, stepped by hand."""
 
     def __init__(self, method: Method, folder: Path) -> None:
-        made: type[Strategy] = STRATEGIES.get(method.strategy)
-        self.strategy = made(made.Config(**method.options))
+        strategy_class: type[Strategy] = STRATEGIES.get(method.strategy)
+        self.strategy = strategy_class(strategy_class.Config(**method.options))
         cost = CostModel.of_table(SPACE, synthetic_table(SPACE))
         low, high = cost.range()
         self.ctx = SearchContext(
@@ -206,7 +206,7 @@ class Search:
         return Engine(model, OptimizerConfig(), STEPS, BATCH, 0, self.folder)
 
     def at(self, step: int) -> None:
-        """Go to a step, its batches already loaded."""
+        """Go to a step and load its batches."""
         self.weights.engine.step = self.ctx.step = step
         self.ctx.rng = np.random.default_rng([0, step])
         self.weights.batches.train(step)
@@ -218,18 +218,20 @@ class Search:
         self.strategy.step(self.ctx)
 
     def sampled(self) -> list[Picks]:
-        """The networks of the last step's paths, or, where it mixed options, one drawn
+        """The networks of the last step's paths or, if it mixed options, one drawn
         uniformly.
         """
-        if all(max(gate) == 1.0 for each in self.weights.gates for gate in each.values()):
+        if all(max(gate) == 1.0 for gates in self.weights.gates for gate in gates.values()):
             return [
-                SPACE.at([int(each[choice.key].argmax()) for choice in SPACE.choices])
-                for each in self.weights.gates
+                SPACE.at([int(gates[choice.key].argmax()) for choice in SPACE.choices])
+                for gates in self.weights.gates
             ]
         return [SPACE.sample(self.ctx.rng)]
 
     def alone(self) -> Iterator[Callable[[], Any]]:
-        """A training step of each of those networks on this step's batch, after a first one."""
+        """For each of those networks, a training step on this step's batch, after a
+        first one.
+        """
         x_NCHW, y = self.weights.batches.train(self.ctx.step)
         for picks in self.sampled():
             engine = self.engine(
@@ -243,7 +245,7 @@ class Search:
 
 @dataclass
 class Ratios:
-    """Medians relative to the same networks alone, and the stand-alone step itself."""
+    """Medians relative to standalone steps of the same networks, and these steps."""
 
     time: float
     whole: float
@@ -255,7 +257,7 @@ class Ratios:
 def measured(
     method: Method, folder: Path, repetitions: int = 5, memory_repetitions: int = 2
 ) -> Ratios:
-    """One method, interleaved with its networks; the first repetition is for warming up."""
+    """One method, interleaved with its networks; the first repetition only warms up."""
     search = Search(method, folder)
     times, wholes, memories, alone_s, alone_mb = [], [], [], [], []
     for repetition in range(repetitions + 1):
@@ -280,18 +282,18 @@ def measured(
 
 
 def test_search_cost(benchmark: Any, tmp_path: Path) -> None:
-    """Weight steps, whole steps and peak memory of every method, and the bars."""
+    """Weight steps, whole steps and peak memory of every method, and their limits."""
     torch.set_num_threads(1)
-    found: dict[str, Ratios] = {}
+    by_title: dict[str, Ratios] = {}
 
     def run() -> None:
-        found.update({method.title: measured(method, tmp_path) for method in METHODS})
+        by_title.update({method.title: measured(method, tmp_path) for method in METHODS})
 
     benchmark.pedantic(run, rounds=1, iterations=1)
     print(f"\n{'':42}{'time':>8}{'whole':>8}{'memory':>8}{'alone, ms':>12}{'alone, MB':>12}")
     missed = []
     for method in METHODS:
-        ratios = found[method.title]
+        ratios = by_title[method.title]
         print(
             f"{method.title:42}{ratios.time:8.2f}{ratios.whole:8.2f}{ratios.memory:8.2f}{ratios.alone_ms:12.0f}{ratios.alone_mb:12.1f}"
         )
@@ -303,14 +305,14 @@ def test_search_cost(benchmark: Any, tmp_path: Path) -> None:
         ]
     assert not missed, "; ".join(missed)
     for name in ("fbnet", "darts, first order", "tunas, op warm-up"):
-        assert found[name].memory < found[f"{name}, not rematerialised"].memory
+        assert by_title[name].memory < by_title[f"{name}, not rematerialised"].memory
 
 
-def test_judging_with_a_trained_super_net(
+def test_evaluating_with_a_trained_super_net(
     benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seconds per judged architecture: recalibration on 1,024 images and 1,000 held-out
-    ones by default, or a quarter of both.
+    """Seconds per evaluated architecture: recalibration on 1,024 images and evaluation
+    on 1,000 held-out ones by default, or a quarter of both.
     """
     torch.set_num_threads(1)
     held_out, train = Noise(), Noise()
@@ -325,7 +327,7 @@ def test_judging_with_a_trained_super_net(
         "defaults": {},
         "a quarter of the images": {"recalibration_images": 256, "evaluation_images": 256},
     }
-    found: dict[str, tuple[int, float]] = {}
+    by_title: dict[str, tuple[int, float]] = {}
 
     def run() -> None:
         for title, images in settings.items():
@@ -345,28 +347,28 @@ def test_judging_with_a_trained_super_net(
                 EvolutionConfig(generations=2, population=4, parents=2, mutations=2, crossovers=2)
             )
             spent = seconds(lambda evolution=evolution, ctx=ctx: evolution.find(ctx, 1))
-            judged = (tmp_path / title).read_bytes().count(b"\n")
-            found[title] = (judged, spent / judged)
+            evaluated = (tmp_path / title).read_bytes().count(b"\n")
+            by_title[title] = (evaluated, spent / evaluated)
 
     benchmark.pedantic(run, rounds=1, iterations=1)
-    for title, (judged, each) in found.items():
+    for title, (evaluated, seconds_each) in by_title.items():
         print(
-            f"\n{title}: {each:.2f} s each for {judged}; the 1,000 of evolution's defaults take"
-            f" {1000 * each / 60:.0f} minutes"
+            f"\n{title}: {seconds_each:.2f} s each for {evaluated}; the 1,000 of evolution's defaults take"
+            f" {1000 * seconds_each / 60:.0f} minutes"
         )
-    assert found["a quarter of the images"][1] < found["defaults"][1]
+    assert by_title["a quarter of the images"][1] < by_title["defaults"][1]
 
 
-def test_super_net_step_against_the_same_networks_alone(benchmark: Any) -> None:
-    """The same eight architectures, interleaved, forward and backward only."""
+def test_super_net_steps_against_standalone_steps(benchmark: Any) -> None:
+    """The same eight architectures, interleaved; only forward and backward passes."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     supernet: Any = MacroSupernet(SPACE, generator)
     supernet = supernet.to(memory_format=torch.channels_last)
     picks = [SPACE.sample(rng) for _ in range(8)]
-    alone: list[Any] = [
-        ClassificationNetwork(SPACE.decode(each), generator=generator) for each in picks
+    standalone: list[Any] = [
+        ClassificationNetwork(SPACE.decode(row), generator=generator) for row in picks
     ]
-    alone = [network.to(memory_format=torch.channels_last) for network in alone]
+    standalone = [network.to(memory_format=torch.channels_last) for network in standalone]
     x_NCHW = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(
         memory_format=torch.channels_last
     )
@@ -377,15 +379,15 @@ def test_super_net_step_against_the_same_networks_alone(benchmark: Any) -> None:
         F.cross_entropy(module(x_NCHW, *gates), y).backward()
 
     def ratio() -> float:
-        shared = sum(
-            seconds(lambda each=each: step(supernet, one_hot(each, SPACE))) for each in picks
+        shared = sum(seconds(lambda row=row: step(supernet, one_hot(row, SPACE))) for row in picks)
+        return shared / sum(
+            seconds(lambda network=network: step(network)) for network in standalone
         )
-        return shared / sum(seconds(lambda network=network: step(network)) for network in alone)
 
     ratio()
     ratios = [ratio() for _ in range(5)]
     benchmark.pedantic(lambda: step(supernet, one_hot(picks[0], SPACE)), rounds=3)
     print(
-        f"\nsuper-net step / stand-alone step: median {statistics.median(ratios):.2f},"
+        f"\nsuper-net step / standalone step: median {statistics.median(ratios):.2f},"
         f" {min(ratios):.2f} to {max(ratios):.2f}"
     )

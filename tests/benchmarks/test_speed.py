@@ -1,4 +1,4 @@
-"""Ratios that the design rests on, each measured side by side in one run.
+"""Ratios on which the design rests, each measured side by side in one run.
 
 pytest tests/benchmarks/test_speed.py --benchmark-only -s
 """

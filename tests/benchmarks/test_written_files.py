@@ -1,5 +1,5 @@
-"""Whole networks, written directly against converted by litert-torch and torch's
-exporter: how long each file takes on this CPU.
+"""Whole networks, written by hwnas and converted by litert-torch and torch's exporter:
+the latency of each file on this CPU.
 
 pytest tests/benchmarks/test_written_files.py --benchmark-only -s
 """
@@ -25,12 +25,12 @@ from hwnas.nn.network import network_of
 
 ROUNDS = 15
 SLOWER = 1.05
-"""The written file's time over the converted one's, at most: both run in turns."""
+"""The largest ratio of a written file's time to a converted one's; they take turns."""
 
 
 def sampled(space: Any) -> Architecture:
-    found: Architecture = space.decode(space.sample(np.random.default_rng(0)))
-    return found
+    arch: Architecture = space.decode(space.sample(np.random.default_rng(0)))
+    return arch
 
 
 NETWORKS: dict[str, Callable[[], Architecture]] = {
@@ -81,12 +81,12 @@ def test_written_files_are_as_fast_as_converted_ones(
         kind: [statistics.median(row["ms"]) for row in rows if row.get("id") == kind]
         for kind in paths
     }
-    least = {kind: min(each) for kind, each in times.items()}
-    middle = {kind: statistics.median(each) for kind, each in times.items()}
+    least = {kind: min(values) for kind, values in times.items()}
+    middle = {kind: statistics.median(values) for kind, values in times.items()}
     ratios = least["written"] / least["converted"], middle["written"] / middle["converted"]
-    said = f"written {least['written']:.2f} ms, converted {least['converted']:.2f} ms"
+    shown = f"written {least['written']:.2f} ms, converted {least['converted']:.2f} ms"
     print(
-        f"\n{name}, {runtime}: {said}, ratio of the least {ratios[0]:.2f}, of the medians"
+        f"\n{name}, {runtime}: {shown}, ratio of the least {ratios[0]:.2f}, of the medians"
         f" {ratios[1]:.2f}"
     )
-    assert min(ratios) < SLOWER  # one lucky or busy round moves one of the two
+    assert min(ratios) < SLOWER  # one lucky or busy round only moves one of the two

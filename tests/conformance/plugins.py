@@ -13,8 +13,8 @@ from hwnas.registry import Registry
 def install(
     registry: Registry, name: str, value: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A distribution in ``folder`` with the entry point ``name = value``, as pip would
-    leave it, that ``registry`` has not seen yet.
+    """Leave a distribution with the entry point ``name = value`` in ``folder``, as pip
+    would; ``registry`` has not seen it yet.
     """
     info = folder / "site" / "acme-1.0.dist-info"
     info.mkdir(parents=True)

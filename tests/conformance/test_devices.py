@@ -1,4 +1,4 @@
-"""The built-in connections pass what third parties' connections have to pass."""
+"""The built-in connections pass the tests that third parties' connections must pass."""
 
 from __future__ import annotations
 

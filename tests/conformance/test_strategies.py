@@ -1,4 +1,4 @@
-"""The built-in strategies pass what third parties' strategies have to pass."""
+"""The built-in strategies pass the tests that third parties' strategies must pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TestTuNAS(StrategyConformance):
 
 
 class TestRandomSearch(StrategyConformance):
-    """It learns nothing, so it finds the optimum by proposing everything that it can."""
+    """It learns nothing, so it finds the optimum by proposing the whole space."""
 
     steps = 1
     proposals = tiny_space().size
@@ -58,7 +58,7 @@ class TestPDARTS(StrategyConformance):
 
 
 class TestProxylessNAS(StrategyConformance):
-    """The loss of a ``Problem`` is 1 - accuracy, hence TuNAS's weight of latency, 0.1."""
+    """The loss of a ``Problem`` is 1 - accuracy, hence TuNAS's latency weight, 0.1."""
 
     steps = 500
 
@@ -92,7 +92,7 @@ class TestFBNet(StrategyConformance):
 
 
 class TestFBNetLikeliest(StrategyConformance):
-    """With the paper's loss, which knows no target."""
+    """With the paper's loss, which has no target."""
 
     steps = 400
 
@@ -103,8 +103,8 @@ class TestFBNetLikeliest(StrategyConformance):
 
 
 class TestRandomStandalone(StrategyConformance):
-    """Networks that share nothing: it proposes those it has trained, so it finds the
-    optimum by training all in the budget.
+    """Its networks share no weights. It proposes those that it has trained, so it finds
+    the optimum by training all within the budget.
     """
 
     steps = 222
@@ -120,7 +120,7 @@ class TestRandomStandalone(StrategyConformance):
 
 
 class TestSPOS(StrategyConformance):
-    """It judges at most 120 of the 222 architectures within the budget."""
+    """It evaluates at most 120 of the 222 architectures within the budget."""
 
     steps = 20
 
@@ -138,8 +138,8 @@ class TestSPOSFair(TestSPOS):
 
 
 class TestFairNAS(StrategyConformance):
-    """With NSGA-II at its default size where the optimum is asked for, and a short run
-    of it elsewhere.
+    """NSGA-II has its default size in the test of the optimum, and is short in the
+    others.
     """
 
     steps = 20
@@ -165,8 +165,8 @@ class TestProgressiveShrinking(StrategyConformance):
 
 
 def test_the_problem_is_hard_for_chance() -> None:
-    """Eight random architectures within the budget rarely hold the optimum, so finding
-    it means something.
+    """Eight random architectures within the budget rarely include the optimum, so
+    finding it means something.
     """
     hits = 0
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""Every built-in target, and one of a third party that is found by its entry point:
+"""Every built-in target, and a third party's that is found by its entry point:
 exported, profiled, timed and validated.
 """
 
@@ -17,6 +17,7 @@ from hwnas.progress import Progress
 from hwnas.testing import TargetConformance
 from tests.conformance.plugins import install
 from tests.conformance.torch_target import TorchProgram
+from tests.conftest import write_tiny
 
 
 class TestTFLiteFloat(TargetConformance):
@@ -39,7 +40,7 @@ class TestOnnx(TargetConformance):
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The third party's, as pip would leave it."""
+    """The name of the third party's target, installed as pip would leave it."""
     install(
         TARGETS,
         "torch-program",
@@ -51,21 +52,21 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class TestTorchProgram(TargetConformance):
-    """The third party's."""
+    """The third party's target."""
 
     target = TorchProgram
 
     @pytest.fixture(autouse=True)
-    def found(self, installed: str) -> None:
-        """By its entry point."""
+    def is_found(self, installed: str) -> None:
+        """It is found by its entry point."""
         assert isinstance(target(installed), TorchProgram)
 
 
 @pytest.mark.slow
-def test_a_target_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Path) -> None:
-    """Profiled, exported, timed and validated, by its names alone."""
+def test_a_third_partys_target_goes_through_all_stages(installed: str, tmp_path: Path) -> None:
+    """Profiled, exported, timed and validated, given only by its names."""
     overrides = [
-        "data.resolution=16",
+        "device.name=host",
         "device.runtime=torch",
         f"export.formats=['tflite-fp32', '{installed}']",
         "profile.rounds=1",
@@ -82,7 +83,7 @@ def test_a_target_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: 
         "validate.latency_tolerance=100",
         "validate.max_drift=100",
     ]
-    experiment = load_experiment("configs/quickstart.toml", overrides)
+    experiment = load_experiment(write_tiny(tmp_path), overrides)
     Pipeline(experiment, tmp_path / "run", Progress()).run()
     header = json.loads((tmp_path / "run/profile/table.json").read_text())["header"]
     assert (header["runtime"], header["layout"]) == ("torch", "NCHW")
@@ -105,8 +106,8 @@ def test_a_target_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: 
 
 
 def test_targets_differ(installed: str) -> None:
-    """Names of files, and pairs of runtime and number format among those that are timed."""
-    made: list[Target] = [target(name) for name in TARGETS]
-    assert len({each.file for each in made}) == len(made) == 7
-    timed = [(each.runtime, each.dtype) for each in made if each.graph == "decoded"]
+    """In file names and, if they are timed, in runtime and number format."""
+    targets: list[Target] = [target(name) for name in TARGETS]
+    assert len({kind.file for kind in targets}) == len(targets) == 7
+    timed = [(kind.runtime, kind.dtype) for kind in targets if kind.graph == "decoded"]
     assert len(set(timed)) == len(timed) == 4

@@ -1,5 +1,5 @@
-"""Every built-in task, and one of a third party that is found by its entry point:
-searched, trained, exported, validated and reported.
+"""Every built-in task, and a third party's that is found by its entry point: searched,
+trained, exported, validated and reported.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class TestClassification(TaskConformance):
     task = Classification
 
     def network(self) -> Network:
-        """Not trained."""
+        """An untrained classifier."""
         keys = ("conv-h8-i1-o8-k3-relu", "classifier-h8-i8-o10")
         arch = Architecture(name="small", in_channels=1, blocks=tuple(map(Op.parse, keys)))
         return network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
 
     def images(self) -> Images:
-        """Of the test."""
+        """The test images."""
         plain = {"name": "digits", "resolution": 8, "channels": 1, "mean": [0.5], "std": [0.5]}
         return load_images(DataConfig.model_validate(plain), "test")
 
@@ -54,12 +54,12 @@ class TestDetection(TaskConformance):
 
     @pytest.fixture(autouse=True)
     def written(self, tmp_path: Path) -> None:
-        """The images."""
+        """Write the images."""
         write_rectangles(tmp_path)
         self.folder = tmp_path
 
     def network(self) -> Network:
-        """Not trained."""
+        """An untrained detector."""
         keys = (
             "conv-h48-i3-o8-k3-s2-relu",
             "conv-h24-i8-o16-k3-s2-relu",
@@ -71,7 +71,7 @@ class TestDetection(TaskConformance):
         return network_of(detector, generator=torch.Generator().manual_seed(0)).eval()
 
     def images(self) -> Images:
-        """Of the test."""
+        """The test images."""
         config = {
             "name": "coco",
             "path": str(self.folder),
@@ -84,26 +84,26 @@ class TestDetection(TaskConformance):
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The third party's, as pip would leave it."""
+    """The name of the third party's task, installed as pip would leave it."""
     install(TASKS, TopTwo.name, "tests.conformance.top_two_task:TopTwo", tmp_path, monkeypatch)
     return TopTwo.name
 
 
 class TestTopTwo(TestClassification):
-    """The third party's."""
+    """The third party's task."""
 
     task = TopTwo
 
     @pytest.fixture(autouse=True)
-    def found(self, installed: str) -> None:
-        """By its entry point."""
+    def is_found(self, installed: str) -> None:
+        """It is found by its entry point."""
         assert isinstance(task_named(installed), TopTwo)
 
 
 @pytest.mark.slow
-def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Path) -> None:
-    """Searched, trained, exported, validated and reported, by its name alone; every
-    document has its metric.
+def test_a_third_partys_task_goes_through_all_stages(installed: str, tmp_path: Path) -> None:
+    """Trained, exported, validated and reported, given only by its name; every document
+    has its metric.
     """
     overrides = [
         f"task={installed}",
@@ -154,24 +154,24 @@ def test_a_task_of_a_third_party_goes_the_whole_way(installed: str, tmp_path: Pa
 
 
 class Forgetful(Classification):
-    """Its evaluation is its own, and does not say in which mode the network is."""
+    """It has its own evaluation, which does not set the network's mode."""
 
     def evaluate(
         self, network: Network, images: Images, settings: EvaluationSettings
     ) -> EvaluationResult:
-        """Runs the network as it finds it."""
+        """Run the network in the mode that it is in."""
         x_NCHW, y = next(evaluation_batches(images, 64))
         with torch.no_grad():
             right = network(x_NCHW).argmax(1) == y
         return EvaluationResult({"accuracy": float(right.float().mean())})
 
 
-def test_test_images_change_no_statistics_whatever_a_task_forgets() -> None:
+def test_evaluation_changes_no_statistics_even_if_a_task_forgets_the_mode() -> None:
     cases = TestClassification()
     network = cases.network()
-    other = cases.network()
+    untouched_network = cases.network()
     network.train()
     evaluate(Forgetful(), network, cases.images(), EvaluationSettings(64))
-    state, untouched = network.state_dict(), other.state_dict()
+    state, untouched = network.state_dict(), untouched_network.state_dict()
     assert any("running_mean" in name for name in state)
     assert all(torch.equal(state[name], untouched[name]) for name in state)

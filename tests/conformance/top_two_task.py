@@ -1,5 +1,5 @@
-"""A task of a third party: classification that is judged by whether the right label is
-among the two best.
+"""A third party's task: classification, evaluated by whether the right label is among
+the two best.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hwnas.tasks.classification import Classification
 
 
 class BestTwo(FileAnswers):
-    """The two labels of the highest outputs for each image: [N, 2]."""
+    """The labels of the two highest outputs for each image: [N, 2]."""
 
     def __init__(self, labels: np.ndarray | None = None) -> None:
         self.labels_N2 = np.zeros((0, 2), int) if labels is None else labels
@@ -28,13 +28,13 @@ class BestTwo(FileAnswers):
         return len(self.labels_N2)
 
     def add(self, outputs: np.ndarray) -> None:
-        """Logits or probabilities [N, classes]."""
+        """Add the labels of logits or probabilities [N, classes]."""
         self.labels_N2 = np.concatenate(
             [self.labels_N2, np.argsort(-outputs, axis=1, kind="stable")[:, :2]]
         )
 
     def metrics(self, images: Images, limit: int | None) -> dict[str, float]:
-        """top2 and accuracy."""
+        """The metrics top2 and accuracy."""
         labels = images.labels_of(evaluation_order(images, limit))
         right_N2 = self.labels_N2[: len(labels)] == labels[:, None]
         return {
@@ -43,12 +43,12 @@ class BestTwo(FileAnswers):
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """``labels``."""
+        """The array ``labels``."""
         return {"labels": self.labels_N2}
 
 
 class TopTwo(Classification):
-    """One label per image, judged by the two best."""
+    """One label per image, evaluated by the two best."""
 
     name = "classify-top2"
     metric = "top2"
@@ -64,11 +64,11 @@ class TopTwo(Classification):
     def evaluate(
         self, network: Network, images: Images, settings: EvaluationSettings
     ) -> EvaluationResult:
-        """As a file is."""
-        found: Metrics = dict(
+        """Evaluate the network like a file."""
+        metrics: Metrics = dict(
             self.torch_answers(network, images, settings.workers).metrics(images, settings.limit)
         )
-        return EvaluationResult(found)
+        return EvaluationResult(metrics)
 
     def guess(self, images: Images) -> float | None:
         """The share of the two most frequent labels."""
@@ -77,18 +77,18 @@ class TopTwo(Classification):
     def answers(
         self, graph: str, arch: Architecture, app_score: float | None = None
     ) -> FileAnswers:
-        """The two best."""
+        """No answers yet, to be filled with the two best labels."""
         return BestTwo()
 
     def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
-        """PyTorch's, all at once."""
-        found = BestTwo()
+        """PyTorch's answers, for all images at once."""
+        answers = BestTwo()
         x_NCHW, _ = images.__getitems__([(int(index), 0) for index in evaluation_order(images)])
-        found.add(
+        answers.add(
             self.torch_outputs(network.to(torch.device("cpu")), x_NCHW.permute(0, 2, 3, 1).numpy())
         )
-        return found
+        return answers
 
-    def kept(self, arrays: Mapping[str, np.ndarray]) -> Answers:
-        """Of ``labels``."""
+    def load_answers(self, arrays: Mapping[str, np.ndarray]) -> Answers:
+        """The answers stored in ``labels``."""
         return BestTwo(arrays["labels"])

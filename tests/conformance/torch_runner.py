@@ -1,4 +1,4 @@
-"""What the runner needs to know to time and run programs of ``torch.export``."""
+"""What the runner needs to time and run programs of ``torch.export``."""
 
 from __future__ import annotations
 

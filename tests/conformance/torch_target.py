@@ -1,5 +1,5 @@
-"""A target of a third party: programs of ``torch.export``, run by PyTorch itself. It
-needs nothing of hwnas but the contract.
+"""A third party's target: programs of ``torch.export``, run by PyTorch itself. It uses
+nothing of hwnas but the contract.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class TorchProgram(Target):
     runner = Path(__file__).with_name("torch_runner.py")
 
     def write(self, trained: Trained) -> bytes:
-        """The network alone."""
+        """The network by itself."""
         return self.timing_file(trained.network)
 
     def timing_file(self, network: Any) -> bytes:
-        """One image, channels first."""
+        """A program for one image, channels first."""
         shape = (1, network.arch.in_channels, network.arch.resolution, network.arch.resolution)
         program = torch.export.export(_Plain(network).eval(), (torch.zeros(shape),))
         buffer = io.BytesIO()
@@ -38,7 +38,7 @@ class TorchProgram(Target):
 
 
 class _Plain(nn.Module):
-    """Without what hwnas keeps beside the weights."""
+    """The network without what hwnas stores beside its weights."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

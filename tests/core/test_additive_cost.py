@@ -1,5 +1,5 @@
-"""Priced spaces: stacked contractions against one einsum per term, marginals against
-autograd, maxima against trying everything.
+"""Additive costs: stacked contractions against one einsum per term, marginals against
+autograd, bounds against brute force.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ FAST = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 class AnySpace(SearchSpace):
-    """Choices and terms as given: terms may share, skip and reorder choices as no chain
-    of stages does.
+    """A space of the given choices and terms, which may share, skip and reorder choices
+    in ways that no chain of stages does.
     """
 
     options: tuple[int, ...]
@@ -73,17 +73,19 @@ def spaces(draw: st.DrawFn) -> AnySpace:
     )
 
 
-def prices_of(space: SearchSpace, seed: int = 0) -> dict[str, np.ndarray]:
+def term_costs_of(space: SearchSpace, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {term.slot: rng.uniform(0.1, 5.0, term.shape) for term in space.terms()}
 
 
-def additive_cost(space: SearchSpace, prices: Mapping[str, np.ndarray], **how: Any) -> AdditiveCost:
-    return AdditiveCost(space, lambda term: prices[term.slot], **how)
+def additive_cost(
+    space: SearchSpace, term_costs: Mapping[str, np.ndarray], **kwargs: Any
+) -> AdditiveCost:
+    return AdditiveCost(space, lambda term: term_costs[term.slot], **kwargs)
 
 
 def gates_of(space: SearchSpace, seed: int = 1) -> dict[str, np.ndarray]:
-    """Any weights, not only probabilities: contractions do not care."""
+    """Arbitrary weights: contractions do not need them to be probabilities."""
     rng = np.random.default_rng(seed)
     return {choice.key: rng.uniform(0.0, 1.0, len(choice.options)) for choice in space.choices}
 
@@ -93,20 +95,22 @@ def every_index(space: SearchSpace) -> np.ndarray:
 
 
 def term_values(
-    space: SearchSpace, prices: Mapping[str, np.ndarray], index: np.ndarray
+    space: SearchSpace, term_costs: Mapping[str, np.ndarray], index: np.ndarray
 ) -> list[float]:
     at = {choice.key: int(i) for choice, i in zip(space.choices, index, strict=True)}
-    return [float(prices[term.slot][tuple(at[key] for key in term.keys)]) for term in space.terms()]
+    return [
+        float(term_costs[term.slot][tuple(at[key] for key in term.keys)]) for term in space.terms()
+    ]
 
 
 def plain_expectation(
-    space: SearchSpace, prices: Mapping[str, np.ndarray], gates: Mapping[str, Any], xp: Any
+    space: SearchSpace, term_costs: Mapping[str, np.ndarray], gates: Mapping[str, Any], xp: Any
 ) -> Any:
-    """One einsum per term: the definition."""
+    """The expectation by definition: one einsum per term."""
     total = 0.0
     for term in space.terms():
         letters = ascii_lowercase[: len(term.keys)]
-        array = xp.asarray(prices[term.slot])
+        array = xp.asarray(term_costs[term.slot])
         total = (
             total
             + xp.einsum(
@@ -120,44 +124,42 @@ def plain_expectation(
 
 @FAST
 @given(spaces(), st.sampled_from(("sum", "max")))
-def test_values_and_their_range_are_those_of_every_architecture(
-    space: AnySpace, reduce: str
-) -> None:
-    prices = prices_of(space)
-    found = additive_cost(space, prices, reduce=reduce, fixed=0.3)
+def test_costs_and_bounds_are_those_of_all_architectures(space: AnySpace, reduce: str) -> None:
+    term_costs = term_costs_of(space)
+    cost = additive_cost(space, term_costs, reduce=reduce, fixed=0.3)
     index_NC = every_index(space)
     combine = (
         (lambda values: 0.3 + sum(values))
         if reduce == "sum"
         else (lambda values: max(0.3, *values))
     )
-    expected = np.array([combine(term_values(space, prices, index)) for index in index_NC])
-    assert found.costs(index_NC) == pytest.approx(expected, rel=1e-12)
-    assert found.cost(space.at(index_NC[-1])) == pytest.approx(expected[-1], rel=1e-12)
-    assert found.bounds() == pytest.approx((expected.min(), expected.max()), rel=1e-12)
+    expected = np.array([combine(term_values(space, term_costs, index)) for index in index_NC])
+    assert cost.costs(index_NC) == pytest.approx(expected, rel=1e-12)
+    assert cost.cost(space.at(index_NC[-1])) == pytest.approx(expected[-1], rel=1e-12)
+    assert cost.bounds() == pytest.approx((expected.min(), expected.max()), rel=1e-12)
 
 
 @FAST
 @given(spaces())
-def test_stacked_contractions_are_one_einsum_per_term(space: AnySpace) -> None:
-    prices, gates = prices_of(space), gates_of(space)
-    found = additive_cost(space, prices, fixed=0.3)
-    expected = 0.3 + float(plain_expectation(space, prices, gates, np))
-    assert float(found.expected(gates)) == pytest.approx(expected, rel=1e-12)
+def test_stacked_contractions_equal_one_einsum_per_term(space: AnySpace) -> None:
+    term_costs, gates = term_costs_of(space), gates_of(space)
+    cost = additive_cost(space, term_costs, fixed=0.3)
+    expected = 0.3 + float(plain_expectation(space, term_costs, gates, np))
+    assert float(cost.expected(gates)) == pytest.approx(expected, rel=1e-12)
     assert float(
-        found.expected({key: torch.tensor(gate) for key, gate in gates.items()}, torch)
+        cost.expected({key: torch.tensor(gate) for key, gate in gates.items()}, torch)
     ) == pytest.approx(expected, rel=1e-12)
 
 
 @FAST
 @given(spaces())
 def test_marginals_are_the_gradient_of_the_definition(space: AnySpace) -> None:
-    prices, gates = prices_of(space), gates_of(space)
+    term_costs, gates = term_costs_of(space), gates_of(space)
     leaves = {key: torch.tensor(gate, requires_grad=True) for key, gate in gates.items()}
-    total = plain_expectation(space, prices, leaves, torch)
+    total = plain_expectation(space, term_costs, leaves, torch)
     if total.requires_grad:
         total.backward()
-    marginals = additive_cost(space, prices).marginals(gates)
+    marginals = additive_cost(space, term_costs).marginals(gates)
     assert marginals.keys() == gates.keys()
     for key, leaf in leaves.items():
         expected = np.zeros(len(leaf)) if leaf.grad is None else leaf.grad.numpy()
@@ -177,7 +179,7 @@ def coupled() -> MacroSpace:
     return MacroSpace(name="coupled", resolution=16, classes=4, stages=stages)
 
 
-def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
+def test_first_and_second_derivatives_match_finite_differences() -> None:
     space = coupled()
     macs = AdditiveCost.of_ops(space, lambda op: op.macs / 1e5)
     keys = [choice.key for choice in space.choices]
@@ -190,7 +192,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(expectation, leaves, eps=1e-6, atol=1e-7)
 
 
-def test_marginals_are_what_taking_an_option_for_certain_changes() -> None:
+def test_centred_marginals_are_the_effect_of_fixing_an_option() -> None:
     space = coupled()
     macs = AdditiveCost.of_ops(space, lambda op: op.macs)
     gates = {
@@ -210,7 +212,7 @@ def test_marginals_are_what_taking_an_option_for_certain_changes() -> None:
 
 
 @pytest.mark.parametrize("make", [coupled, mobile32])
-def test_any_function_of_an_op_is_what_the_walk_over_the_architecture_gives(make: Any) -> None:
+def test_costs_of_ops_match_a_walk_over_the_architecture(make: Any) -> None:
     space, rng = make(), np.random.default_rng(0)
     calls: list[str] = []
 
@@ -222,7 +224,7 @@ def test_any_function_of_an_op_is_what_the_walk_over_the_architecture_gives(make
         AdditiveCost.of_ops(space, params),
         AdditiveCost.of_ops(space, lambda op: op.params, reduce="max"),
     )
-    assert sorted(calls) == sorted(op.key for op in space.ops)  # each op once
+    assert sorted(calls) == sorted(op.key for op in space.ops)  # each op is evaluated once
     for _ in range(50):
         picks = space.sample(rng)
         arch = space.decode(picks)
@@ -231,8 +233,8 @@ def test_any_function_of_an_op_is_what_the_walk_over_the_architecture_gives(make
 
 
 def test_a_choice_that_every_term_shares_is_eliminated_last() -> None:
-    """The terms of forty choices meet in one shared choice: eliminating that first
-    would take 4^40 numbers, more than 64 bits count.
+    """Each of forty choices has a term with one shared choice: eliminating that first
+    would take a table of 4^40 numbers, more than 64 bits can count.
     """
     space = AnySpace(
         name="star",
@@ -241,17 +243,17 @@ def test_a_choice_that_every_term_shares_is_eliminated_last() -> None:
         options=(3, *[4] * 40),
         axes=tuple((i, 0) for i in range(1, 41)),
     )
-    prices = prices_of(space)
-    each = np.stack([prices[term.slot] for term in space.terms()])  # [terms, 4, 3]
-    expected = each.min(axis=1).sum(axis=0).min(), each.max(axis=1).sum(axis=0).max()
-    assert additive_cost(space, prices).bounds() == pytest.approx(expected, rel=1e-12)
+    term_costs = term_costs_of(space)
+    stacked = np.stack([term_costs[term.slot] for term in space.terms()])  # [terms, 4, 3]
+    expected = stacked.min(axis=1).sum(axis=0).min(), stacked.max(axis=1).sum(axis=0).max()
+    assert additive_cost(space, term_costs).bounds() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_peak_has_no_expectation_and_foreign_picks_no_price() -> None:
+def test_a_maximum_has_no_expectation_and_incomplete_picks_have_no_cost() -> None:
     space = coupled()
     peak = AdditiveCost.of_ops(space, lambda op: op.macs, reduce="max")
-    for work in (peak.expected, peak.marginals):
+    for method in (peak.expected, peak.marginals):
         with pytest.raises(AssertionError, match="maximum"):
-            work(gates_of(space))
+            method(gates_of(space))
     with pytest.raises(SpaceError, match=r"lack s0\.width"):
         peak.cost({})

@@ -1,4 +1,4 @@
-"""Architectures: a chain of ops that fits together, as a document."""
+"""Architectures: chains of ops that fit together, and their documents."""
 
 from __future__ import annotations
 

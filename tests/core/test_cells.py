@@ -1,4 +1,6 @@
-"""Spaces of cells: choices, notation, decoding and back, prices; and DARTS's published counts."""
+"""Cell spaces: choices, notation, decoding and encoding, costs, and DARTS's published
+counts.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pydantic import ValidationError
 
 from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture, Picks
-from hwnas.core.cell_plan import NONE, edge_op
+from hwnas.core.cell_steps import NONE, edge_op
 from hwnas.core.cells import CellSpace
 from hwnas.core.ops import Op
 from hwnas.core.spaces import (
@@ -35,8 +37,8 @@ DARTS_V2 = {
     "reduce": ("max_pool_3x3 0, max_pool_3x3 1", "skip_connect 2, max_pool_3x3 1", "max_pool_3x3 0, skip_connect 2",
                "skip_connect 2, max_pool_3x3 1"),
 }  # fmt: skip
-"""The genotype that DARTS's code calls DARTS_V2: option and source of both edges of
-nodes 2 to 5.
+"""The genotype that DARTS's code calls DARTS_V2: option and source of both edges into
+each of the nodes 2 to 5.
 """
 
 
@@ -51,9 +53,9 @@ def darts_picks(space: CellSpace, genotype: dict[str, tuple[str, ...]]) -> Picks
     return picks
 
 
-def test_darts_s_published_network() -> None:
-    """3,349,342 parameters is what DARTS's released code prints; the paper rounds it to
-    3.3 M. 530 M multiply-adds: AngleNAS's table.
+def test_the_published_network_of_darts() -> None:
+    """DARTS's released code prints 3,349,342 parameters; the paper rounds to 3.3 M.
+    The 530 M multiply-adds are from AngleNAS's table.
     """
     assert darts().decode(darts_picks(darts(), DARTS_V2)).params == 3_349_342
     arch = darts_imagenet().decode(darts_picks(darts_imagenet(), DARTS_V2))
@@ -61,13 +63,13 @@ def test_darts_s_published_network() -> None:
 
 
 @pytest.mark.parametrize("layers", [3, 4, 8, 12, 16, 20])
-def test_the_reductions_of_nds(layers: int) -> None:
-    """As in NDS's released code (pycls, ``NetworkCIFAR``): cell i is a reduction where
-    i is layers // 3 or 2 * layers // 3.
+def test_where_the_cells_of_nds_reduce(layers: int) -> None:
+    """As in NDS's released code (pycls, ``NetworkCIFAR``): cell i is a reduction if i
+    is layers // 3 or 2 * layers // 3.
     """
     space = load_space("nds_darts", layers=layers, width=0.5)
     arch = space.decode(darts_picks(cast(CellSpace, space), DARTS_V2))
-    slots = [place.slot for place in cast(CellSpace, space).plan() if place.kind == "sum"]
+    slots = [step.slot for step in cast(CellSpace, space).make_steps() if step.kind == "sum"]
     cells = dict.fromkeys((slot.partition(".")[0], slot.split(".")[1]) for slot in slots)
     assert [kind for _, kind in cells] == [
         "reduce" if i in (layers // 3, 2 * layers // 3) else "normal" for i in range(layers)
@@ -76,7 +78,7 @@ def test_the_reductions_of_nds(layers: int) -> None:
     assert next(op.in_ch for op in arch.ops() if op.kind == "classifier") == 4 * 4 * 16
 
 
-def test_layers_belong_to_darts_s_cells() -> None:
+def test_only_spaces_of_darts_cells_take_layers() -> None:
     assert nds_darts() == load_space("nds_darts") and load_space("darts", layers=20) == darts()
     with pytest.raises(SpaceError, match="layers must be at least 3, got 2"):
         load_space("darts", layers=2)
@@ -85,8 +87,8 @@ def test_layers_belong_to_darts_s_cells() -> None:
 
 
 def test_the_size_of_darts() -> None:
-    """Cells with every pair of edges and every option but none: the paper counts prod
-    of (k+1) k / 2 * 7^2, about 10^9.
+    """The paper counts every pair of edges and every option except ``none``: the
+    product of (k + 1) k / 2 * 7^2 over the nodes, about 10^9 cells.
     """
     space = darts()
     edges = {
@@ -107,24 +109,24 @@ def test_the_size_of_darts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_architectures_are_counted_as_they_are_told_apart(name: str) -> None:
-    few = {
+def test_the_number_of_architectures_is_that_of_distinct_canonical_forms(name: str) -> None:
+    two_options = {
         choice.key: choice.options[:2]
         for choice in SMALL[name].choices
         if choice.kind == "op" and not choice.key.startswith("reduce")
     }
-    one = {
+    one_option = {
         choice.key: choice.options[:1]
         for choice in SMALL[name].choices
         if choice.key.startswith("reduce") or choice.key.endswith("-5")
     }
-    space = SMALL[name].restrict(few | one)
+    space = SMALL[name].restrict(two_options | one_option)
     indices = np.array(list(np.ndindex(*(len(choice.options) for choice in space.choices))))
     assert len(indices) == space.size
     assert len({space.canonical(index_C).tobytes() for index_C in indices}) == space.architectures
 
 
-def test_darts_s_notation() -> None:
+def test_the_notation_of_darts() -> None:
     picks = darts_picks(darts(), DARTS_V2)
     reduce = (
         "('max_pool_3x3', 0), ('max_pool_3x3', 1), ('max_pool_3x3', 1), ('skip_connect', 2),"
@@ -143,8 +145,8 @@ PDARTS = """Genotype(normal=[('skip_connect', 0), ('dil_conv_3x3', 1), ('skip_co
   ('sep_conv_3x3', 3), ('sep_conv_3x3', 0), ('dil_conv_5x5', 4)], normal_concat=range(2, 6),
   reduce=[('avg_pool_3x3', 0), ('sep_conv_5x5', 1), ('sep_conv_3x3', 0), ('dil_conv_5x5', 2), ('max_pool_3x3', 0), ('dil_conv_3x3', 1),
   ('dil_conv_3x3', 1), ('dil_conv_5x5', 3)], reduce_concat=range(2, 6))"""
-"""As P-DARTS's code prints it (github.com/chenxin061/pdarts, genotypes.py). The paper:
-3.4 M parameters on CIFAR-10, 4.9 M on ImageNet.
+"""As in P-DARTS's code (github.com/chenxin061/pdarts, genotypes.py). The paper reports
+3.4 M parameters on CIFAR-10 and 4.9 M on ImageNet.
 """
 
 
@@ -186,14 +188,14 @@ def test_genotypes_are_read() -> None:
         with pytest.raises(SpaceError, match=word) as caught:
             space.read(wrong)
         assert len(str(caught.value)) < 300
-    few = space.restrict({"normal.n3.inputs": ["1+2", "0+2"]})
+    restricted = space.restrict({"normal.n3.inputs": ["1+2", "0+2"]})
     with pytest.raises(
         SpaceError, match=r"node 3 of normal cannot have the inputs 0\+1; known: 0\+2, 1\+2\."
     ):
-        few.read(PDARTS)
+        restricted.read(PDARTS)
 
 
-def test_nasbench201_s_notation() -> None:
+def test_the_notation_of_nasbench201() -> None:
     space = nasbench201()
     text = "|avg_pool_3x3~0|+|nor_conv_1x1~0|skip_connect~1|+|nor_conv_1x1~0|skip_connect~1|none~2|"
     picks = space.read(text)
@@ -215,14 +217,14 @@ def test_nasbench201_s_notation() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_decoding_and_back(name: str) -> None:
+def test_encode_undoes_decode(name: str) -> None:
     space, rng = SMALL[name], np.random.default_rng(0)
-    for _ in range(15):
+    for _ in range(5):
         picks = space.sample(rng)
         arch = space.decode(picks)
         assert space.encode(arch) == picks
         bare = arch.model_copy(update={"origin": None})
-        # edges that are not kept may be picked differently
+        # the picks of edges that are not kept may differ
         assert space.decode(space.encode(bare)).identity == arch.identity
         assert Architecture.parse(arch.to_json()) == arch
         canonical = space.at(space.canonical(space.index(picks)))
@@ -233,7 +235,7 @@ def test_decoding_and_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_prices_are_those_of_the_networks(name: str) -> None:
+def test_costs_are_those_of_the_networks(name: str) -> None:
     space, rng = SMALL[name], np.random.default_rng(1)
     macs = AdditiveCost.of_ops(space, lambda op: op.macs)
     draws = [space.sample(rng) for _ in range(10)]
@@ -242,25 +244,29 @@ def test_prices_are_those_of_the_networks(name: str) -> None:
         choice.key: np.full(len(choice.options), 1 / len(choice.options))
         for choice in space.choices
     }
-    many = np.stack(
+    index_NC = np.stack(
         [rng.integers(len(choice.options), size=20_000) for choice in space.choices], axis=1
     )
-    assert macs.expected(gates) == pytest.approx(macs.costs(many).mean(), rel=0.02)
+    assert macs.expected(gates) == pytest.approx(macs.costs(index_NC).mean(), rel=0.02)
     assert set(space.decode(draws[0]).ops()) <= set(space.ops)
 
 
 def test_paths_through_a_cell() -> None:
     space = nasbench201()
     whole = space.paths(dict.fromkeys((choice.key for choice in space.choices), "skip_connect"))
-    # 0-3, 0-2-3, 0-1-3, 0-1-2-3
+    # the paths 0-3, 0-2-3, 0-1-3 and 0-1-2-3
     assert whole == {"c.e0-1": 2, "c.e0-2": 1, "c.e1-2": 1, "c.e0-3": 1, "c.e1-3": 1, "c.e2-3": 2}
     cut = space.paths(
         space.read("|nor_conv_3x3~0|+|none~0|none~1|+|none~0|nor_conv_1x1~1|nor_conv_1x1~2|")
     )
-    # what node 2 reads is nothing
+    # node 2 reads nothing
     assert cut == {"c.e0-1": 1, "c.e0-2": 0, "c.e1-2": 0, "c.e0-3": 0, "c.e1-3": 1, "c.e2-3": 0}
-    found = darts().paths(darts_picks(darts(), DARTS_V2))
-    assert (found["normal.e0-2"], found["normal.e2-5"], found["normal.e3-4"]) == (2, 2, 0)
+    darts_paths = darts().paths(darts_picks(darts(), DARTS_V2))
+    assert (darts_paths["normal.e0-2"], darts_paths["normal.e2-5"], darts_paths["normal.e3-4"]) == (
+        2,
+        2,
+        0,
+    )
 
 
 @pytest.mark.parametrize("name", CELL_SPACES)
@@ -301,18 +307,18 @@ def test_overrides_restrictions_and_documents(name: str) -> None:
         load_space(name, widht=0.5)
 
 
-def test_a_node_whose_edges_are_fixed() -> None:
+def test_encoding_a_node_whose_edges_are_fixed() -> None:
     space = SMALL["darts"].restrict({"normal.n3.inputs": ["0+2"], "normal.e1-3": ["sep_conv_3x3"]})
     picks = space.sample(np.random.default_rng(0))
     arch = space.decode(picks)
-    assert not space.kept("normal.e1-3", picks) and space.kept("normal.e0-3", picks)
+    assert not space.is_kept("normal.e1-3", picks) and space.is_kept("normal.e0-3", picks)
     assert (
         space.decode(space.encode(arch.model_copy(update={"origin": None}))).identity
         == arch.identity
     )
 
 
-def test_what_a_space_of_cells_cannot_be() -> None:
+def test_impossible_cell_spaces_are_refused() -> None:
     with pytest.raises(SpaceError, match="multiple of 4"):
         load_space("nasbench201", resolution=30)
     good = nasbench201().model_dump()
@@ -356,7 +362,7 @@ def test_options_become_ops() -> None:
             Op.parse(key)
 
 
-def test_a_graph_that_does_not_fit() -> None:
+def test_graphs_that_do_not_fit_are_refused() -> None:
     arch = SMALL["nasbench201"].decode(
         SMALL["nasbench201"].read("|skip_connect~0|+|skip_connect~0|none~1|+|none~0|none~1|none~2|")
     )

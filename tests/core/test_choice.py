@@ -1,4 +1,4 @@
-"""Keys of choices and the addresses that they are written from."""
+"""Keys of choices and the addresses that they stand for."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_a_key_is_an_address(key: str, address: Address) -> None:
         "s2xb1",
         "normal.n3",
         "c.e1-",
-        "c.e٣-1",
+        "c.e٣-1",  # a digit, but not an ASCII one
         "s2.widths",
         "a b.width",
     ],
 )
-def test_what_is_no_key(key: str) -> None:
+def test_invalid_keys_are_refused(key: str) -> None:
     with pytest.raises(SpaceError, match="is not the key of a choice"):
         Address.parse(key)
 

@@ -1,4 +1,6 @@
-"""Prices: indexed terms, expectations and ranges, each against a slower way to the same number."""
+"""Cost models: indexed terms, expectations and ranges, each against a slower
+computation of the same number.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ CALIBRATION = Calibration(intercept_ms=0.7, slope=1.25, cache_miss_ms_per_mparam
 
 
 def elastic() -> MacroSpace:
-    """Every width is searched, stem and head included; both kinds of residual; a fixed skip."""
+    """A space with every width searched, stem and head included, both kinds of residual
+    and a fixed skip.
+    """
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "skip")
     stages = (
         SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3", "cn_k5"),)),
@@ -39,7 +43,7 @@ def elastic() -> MacroSpace:
 
 
 def small() -> MacroSpace:
-    """Few enough architectures to list, with coupled widths."""
+    """A space that is small enough to enumerate, with coupled widths."""
     stages = (
         SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
         SpaceStage(
@@ -54,7 +58,7 @@ def small() -> MacroSpace:
 
 
 def open_() -> MacroSpace:
-    """Blocks, widths, depths and the resolution are searched."""
+    """A space with searched blocks, widths, depths and resolutions."""
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6")
     stages = (
         SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
@@ -72,7 +76,7 @@ def open_() -> MacroSpace:
 
 
 def entry_ms(op: Op) -> float:
-    """A price without any structure: nothing but the right op has it."""
+    """A latency without any structure: only the right op has it."""
     return 0.05 + int.from_bytes(hashlib.sha256(op.key.encode()).digest()[:4]) / 2**32
 
 
@@ -111,7 +115,7 @@ def random_gates(space: SearchSpace, rng: np.random.Generator) -> dict[str, np.n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["proxylessnas", "mobile32", "elastic", "open"])
-def test_indexed_terms_are_the_sum_over_the_ops_of_the_architecture(name: str) -> None:
+def test_indexed_terms_add_up_to_the_sum_over_the_architectures_ops(name: str) -> None:
     cost = cost_model(name)
     space = cost.space
 
@@ -154,12 +158,13 @@ def test_the_expectation_is_the_weighted_sum_over_all_architectures() -> None:
 
 
 @pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
-def test_the_expectation_is_what_sampling_gives(name: str) -> None:
+def test_the_expectation_is_the_mean_of_samples(name: str) -> None:
     cost, rng = cost_model(name), np.random.default_rng(7)
     gates = random_gates(cost.space, rng)
     index_NC = np.stack([rng.choice(len(p), size=100_000, p=p) for p in gates.values()], axis=1)
     latencies_ms = cost.costs(index_NC)
     error = abs(latencies_ms.mean() - float(cost.expected(gates)))
+    # within four standard errors of the mean
     assert error < 4 * latencies_ms.std() / np.sqrt(len(latencies_ms))
 
 
@@ -175,7 +180,7 @@ def test_the_expectation_of_a_certain_pick_is_its_latency() -> None:
 
 
 @pytest.mark.parametrize("name", ["elastic", "small", "open"])
-def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str) -> None:
+def test_the_gradient_of_the_expectation_matches_finite_differences(name: str) -> None:
     torch.set_num_threads(1)
     cost = cost_model(name)
     keys = [choice.key for choice in cost.space.choices]
@@ -198,7 +203,7 @@ def test_the_gradient_of_the_expectation_is_that_of_finite_differences(name: str
 
 
 @pytest.mark.parametrize("name", ["proxylessnas", "elastic", "open"])
-def test_marginals_are_the_gradient_that_autograd_finds(name: str) -> None:
+def test_marginals_are_the_gradient_of_the_expectation(name: str) -> None:
     cost = cost_model(name)
     gates = random_gates(cost.space, np.random.default_rng(3))
     leaves = {key: torch.tensor(gate, requires_grad=True) for key, gate in gates.items()}
@@ -218,11 +223,11 @@ def test_precisions_can_be_mixed_between_calls() -> None:
     gates = random_gates(cost.space, np.random.default_rng(0))
     expected = float(cost.expected(gates))
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float64, 1e-12)):
-        found = cost.expected(
+        expectation = cost.expected(
             {key: torch.tensor(gate, dtype=dtype) for key, gate in gates.items()}, torch
         )
-        assert found.dtype == dtype
-        assert float(found) == pytest.approx(expected, rel=tolerance)
+        assert expectation.dtype == dtype
+        assert float(expectation) == pytest.approx(expected, rel=tolerance)
 
 
 def test_the_range_is_that_of_all_architectures() -> None:
@@ -233,20 +238,20 @@ def test_the_range_is_that_of_all_architectures() -> None:
         space.restrict({"s1.width": [24], "s0.width": [8]}),
         space.restrict({"s1.b0": ["ir_k5_e3"]}),
     ]
-    for one in [
+    for searched in [
         *restricted,
         elastic().restrict(
             {"s1.width": [8, 24], "s2.b0": ["ir_k3_e3"], "s1.b0": ["ir_k3_e3", "ir_k5_e3"]}
         ),
     ]:
-        cost = CostModel.of_table(one, table_of(one))
-        latencies_ms = cost.costs(every_index(one))
+        cost = CostModel.of_table(searched, table_of(searched))
+        latencies_ms = cost.costs(every_index(searched))
         assert cost.range() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(st.data())
-def test_the_range_is_that_of_all_architectures_of_any_space(data: st.DataObject) -> None:
+def test_the_range_is_that_of_all_architectures_in_random_spaces(data: st.DataObject) -> None:
     widths = st.lists(st.sampled_from((8, 16, 24)), min_size=1, max_size=2, unique=True).map(tuple)
     blocks = st.lists(
         st.sampled_from(("ir_k3_e3", "ir_k5_e3", "ds_k3")), min_size=1, max_size=2, unique=True
@@ -271,7 +276,7 @@ def test_the_range_is_that_of_all_architectures_of_any_space(data: st.DataObject
     assert cost.range() == pytest.approx((latencies_ms.min(), latencies_ms.max()), abs=1e-12)
 
 
-def test_a_space_with_one_architecture_has_one_price() -> None:
+def test_a_space_with_one_architecture_has_one_cost() -> None:
     space = small()
     picks = space.sample(np.random.default_rng(0))
     single = space.restrict({key: [option] for key, option in picks.items()})
@@ -320,10 +325,10 @@ def test_missing_ops_are_named_and_never_guessed() -> None:
     )
 
 
-def test_a_long_list_of_missing_ops_is_cut_in_the_message_but_not_in_the_error() -> None:
+def test_a_long_list_of_missing_ops_is_truncated_in_the_message_but_not_in_the_error() -> None:
     with pytest.raises(CoverageError, match=r" and \d+ more\. Profile this space") as caught:
         CostModel.of_table(proxylessnas(), table_of(small()))
-    assert len(caught.value.missing) == 72
+    assert len(caught.value.missing) == 72  # all ops of proxylessnas
 
 
 def test_a_table_without_a_calibration_is_refused_unless_allowed() -> None:
@@ -354,7 +359,7 @@ def test_a_target_out_of_reach_is_answered_with_the_range() -> None:
         cost.check_target(target_ms)
 
 
-def test_a_table_of_slots_prices_no_widths() -> None:
+def test_a_table_of_slots_does_not_cover_widths() -> None:
     space = small()
     table = table_of(space).model_copy(
         update={"entries": {}, "slots": {"s1.b0": {"ir_k3_e3": 1.0, "ir_k5_e3": 2.0}}}
@@ -365,7 +370,7 @@ def test_a_table_of_slots_prices_no_widths() -> None:
 
 
 def test_the_slope_of_a_positional_table_scales_its_slots() -> None:
-    """intercept + slope * sum over slots."""
+    """The cost is intercept + slope * (the sum over slots)."""
     options = ("ir_k3_e3", "ir_k5_e6", "skip")
     stages = (
         SpaceStage(widths=(8,), slots=(("cn_k3",),)),

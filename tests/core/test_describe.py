@@ -1,4 +1,4 @@
-"""Text of spaces and tables: the numbers in it are the documents'."""
+"""Descriptions of spaces and tables: their numbers are those of the documents."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_a_space_shows_its_size_plan_and_a_sample() -> None:
     assert lines[0] == f"space proxylessnas  (sha256 {proxylessnas().sha256[:12]})"
     assert "2.16e+21 raw combinations" in text
     assert "22, 6.65e+17 architectures" in text
-    assert "72 ops to measure" in text
+    assert "ops          72 to measure" in text
     assert lines.count("  dsconv-h112-i32-o16-k7-relu") >= 1
     arch = proxylessnas().decode(proxylessnas().sample(np.random.default_rng(0)))
     assert f"{arch.macs / 1e6:.1f} M MACs, {arch.params / 1e6:.2f} M parameters" in text
     assert "coverage" not in text
 
 
-def test_spaces_of_cells_show_how_many_networks_differ_and_the_genotype_of_the_sample() -> None:
+def test_cell_spaces_show_their_architectures_and_the_genotype_of_the_sample() -> None:
     lines = describe_space(nasbench201()).splitlines()
     assert "choices      6, 15,625 architectures" in lines
     picks = nasbench201().sample(np.random.default_rng(0))
@@ -84,10 +84,10 @@ def test_a_table_shows_its_conditions_and_entries_slowest_first() -> None:
 
 def test_a_table_shows_how_well_it_adds_up() -> None:
     fitted = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
-    judged = fitted.model_copy(
+    evaluated = fitted.model_copy(
         update={"held_out": held_out_errors(fitted, [()] * 3, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0])}
     )
-    text = describe_table(table(calibration=judged))
+    text = describe_table(table(calibration=evaluated))
     assert "1 ms + 2 x sum, fitted on 5 networks" in text
     assert (
         "3 networks: mean error 11.7%, largest 25.0%, Spearman 1.000; uncalibrated sum 58.9%"
@@ -95,7 +95,7 @@ def test_a_table_shows_how_well_it_adds_up() -> None:
     )
 
 
-def test_a_table_of_slots_lists_their_prices() -> None:
+def test_a_table_of_slots_lists_their_costs() -> None:
     text = describe_table(
         table().model_copy(
             update={"entries": {}, "slots": {"s2.b1": {"ir_k3_e3": -4.248, "skip": -9.738}}}

@@ -1,4 +1,4 @@
-"""The detector of an architecture: its documents, its counts, and what does not fit."""
+"""Detectors of architectures: documents, counts, and refusals."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_ops_counts_and_classes_are_those_of_backbone_extras_and_heads() -> None
     assert arch.params - backbone.params == sum(op.params for op in arch.ops()[3:]) > 0
 
 
-def test_documents_without_a_detector_are_what_they_were() -> None:
-    """Hashes computed before architectures had detectors."""
+def test_documents_without_a_detector_keep_their_hash() -> None:
+    """The hashes were computed before architectures had detectors."""
     assert (
         published("mobilenet_v2").sha256
         == "6a3cf8a023b61390adc223620fc36a64d76883ae534c901c9562472c02f84c50"
@@ -129,8 +129,8 @@ def test_blocks_that_leave_no_feature_map_are_refused(last: str) -> None:
         Architecture.parse(text_of((*BLOCKS, last), taps=[1, 3]))
 
 
-def test_predictors_are_the_end_of_a_chain() -> None:
-    """Alone they are one, so that a single op can be timed."""
+def test_predictors_must_end_a_chain() -> None:
+    """A lone predictor is a chain by itself, so that it can be timed."""
     head = Op.parse("ssd-h8-i16-o24-k3-a4-relu6")
     assert Architecture(name="timing", in_channels=16, blocks=(head,)).ops() == (head,)
     with pytest.raises(
@@ -139,7 +139,7 @@ def test_predictors_are_the_end_of_a_chain() -> None:
         Architecture(name="timing", in_channels=16, blocks=(head, Op.parse("conv-h8-i24-o8-k3")))
 
 
-def test_anchors_alone_do_not_make_a_detector_without_heads() -> None:
+def test_a_detector_without_heads_is_refused() -> None:
     with pytest.raises(ValidationError, match="heads"):
         Detector(taps=(0,), heads=(), aspect_ratios=())
 
@@ -148,6 +148,6 @@ def test_anchors_alone_do_not_make_a_detector_without_heads() -> None:
     "changes",
     [{"min_score": 1.0}, {"nms_iou": 1.5}, {"candidates": 0}, {"detections": 0}, {"nms": 0.5}],
 )
-def test_post_processing_that_cannot_be_is_refused(changes: dict[str, float]) -> None:
+def test_impossible_post_processing_is_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(changes))):
         PostProcessing.model_validate(changes)

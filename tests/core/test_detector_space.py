@@ -1,4 +1,4 @@
-"""Spaces of detectors: what their architectures are, what their terms cost, and what is refused."""
+"""Detector spaces: their architectures, the costs of their terms, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS = ("ir_k3_e3", "ir_k5_e3")
 
 
 def classifiers() -> MacroSpace:
-    """Open widths at both taps, an open depth at one, and skips behind the other."""
+    """Searched widths at both taps, a searched depth at one and skips at the other."""
     stages = (
         SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
         SpaceStage(widths=(16, 24), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
@@ -46,7 +46,7 @@ def indices(space: MacroSpace) -> st.SearchStrategy[tuple[int, ...]]:
     return st.tuples(*(st.integers(0, len(choice.options) - 1) for choice in space.choices))
 
 
-def test_what_belongs_to_the_classifier_is_left_out_and_the_document_reads_back() -> None:
+def test_the_classifier_is_left_out_and_the_document_reads_back() -> None:
     space = detectors()
     assert space.name == "boxes-ssdlite" and space.detector is not None
     assert len(space.stages) == 4 and space.detector.taps == (2, 3)
@@ -66,7 +66,7 @@ def test_what_belongs_to_the_classifier_is_left_out_and_the_document_reads_back(
 
 @given(indices(detectors()))
 @HUNDRED
-def test_decode_puts_the_detector_on_and_encode_finds_the_picks(index: tuple[int, ...]) -> None:
+def test_decode_attaches_the_detector_and_encode_finds_the_picks(index: tuple[int, ...]) -> None:
     space = detectors()
     picks = space.at(index)
     arch = space.decode(picks)
@@ -76,8 +76,8 @@ def test_decode_puts_the_detector_on_and_encode_finds_the_picks(index: tuple[int
         == with_detector(bare, 3, resolution=64, extras=(48, 32), scores="sigmoid").detector
     )
     assert space.encode(arch) == picks
-    found = space.encode(arch.model_copy(update={"origin": None}))
-    assert (space.decode(found).blocks, space.decode(found).detector) == (
+    encoded = space.encode(arch.model_copy(update={"origin": None}))
+    assert (space.decode(encoded).blocks, space.decode(encoded).detector) == (
         arch.blocks,
         arch.detector,
     )
@@ -129,7 +129,7 @@ def test_expected_latency_is_the_mean_over_all_picks() -> None:
 
 
 @pytest.mark.parametrize("name", MACRO_SPACES)
-def test_every_built_in_space_carries_what_its_architectures_do(name: str) -> None:
+def test_every_built_in_space_has_the_detectors_of_its_architectures(name: str) -> None:
     space = MACRO_SPACES[name](
         classes=2, resolution=96 if name in ("mobile32", "nasbench_macro") else 320
     )
@@ -146,7 +146,7 @@ def test_every_built_in_space_carries_what_its_architectures_do(name: str) -> No
 
 
 def test_documents_without_a_detector_keep_their_hash() -> None:
-    """Hashes computed before spaces had detectors."""
+    """The hashes were computed before spaces had detectors."""
     assert mobile32().sha256 == "bc5345c2f8be68cde2a634e3acbf6d0f3cae24dd38599878d9192e20d453fb3f"
     assert (
         ofa_mobilenet_v3().sha256
@@ -154,7 +154,7 @@ def test_documents_without_a_detector_keep_their_hash() -> None:
     )
 
 
-def test_the_last_stage_before_a_detector_is_scaled_like_all() -> None:
+def test_the_last_stage_before_a_detector_is_scaled_like_the_others() -> None:
     assert [stage.widths for stage in detectors().scaled(0.5).stages][-1] == (16, 24)
     assert [stage.widths for stage in classifiers().scaled(0.5).stages][-1] == (96,)
 
@@ -169,13 +169,13 @@ def test_another_detector_on_the_same_blocks_is_not_in_the_space() -> None:
         extras=(48,),
         scores="sigmoid",
     )
-    with pytest.raises(SpaceError, match="its blocks are, but its detector differs"):
+    with pytest.raises(SpaceError, match="its blocks match, but its detector differs"):
         space.encode(other)
     with pytest.raises(SpaceError, match="are not those of its origin's picks"):
         space.encode(arch.model_copy(update={"detector": other.detector}))
 
 
-def test_spaces_that_carry_no_detector_say_why() -> None:
+def test_spaces_that_cannot_carry_a_detector_say_why() -> None:
     with pytest.raises(
         SpaceError,
         match=(

@@ -1,4 +1,4 @@
-"""The end of a network and of a space, and what depends on it."""
+"""The heads of networks and spaces, and what depends on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_classifier_ends_with_its_last_block(chain: Architecture) -> None:
     assert chain.head == ClassifierHead(chain.blocks[-1])
     assert (chain.task, chain.classes, chain.ops()) == ("classify", 7, chain.blocks)
     assert chain.is_chain and chain.wiring == ()
-    assert [place.slot for place in chain.placed()] == [
+    assert [place.slot for place in chain.positions()] == [
         f"block {i}" for i in range(len(chain.blocks))
     ]
 
@@ -42,20 +42,20 @@ def test_a_detector_has_ops_after_its_blocks(detector: Architecture) -> None:
     assert detector.head == DetectorHead(detector.detector)
     assert (detector.task, detector.classes) == ("detect", 3)
     assert detector.ops() == (*detector.blocks, extra, *detector.detector.heads)
-    assert [place.slot for place in detector.placed()[count:]] == [
+    assert [place.slot for place in detector.positions()[count:]] == [
         "extra 0",
         "head 0",
         "head 1",
         "head 2",
     ]
-    assert detector.placed()[count].op == extra and detector.placed()[count].channels == 16
+    assert detector.positions()[count].op == extra and detector.positions()[count].channels == 16
     assert (
         detector.wiring == tuple(f"tap{tap}" for tap in detector.detector.taps)
         and not detector.is_chain
     )
 
 
-def test_cells_are_wired() -> None:
+def test_networks_of_cells_are_wired() -> None:
     space = nasbench201()
     arch = space.decode({choice.key: choice.options[-1] for choice in space.choices})
     assert (
@@ -65,7 +65,7 @@ def test_cells_are_wired() -> None:
     )
 
 
-def test_a_detector_is_on_a_chain(detector: Architecture) -> None:
+def test_a_detector_needs_a_chain(detector: Architecture) -> None:
     steps = [Step("op", (i,)) for i in range(len(detector.blocks))]
     with pytest.raises(ValueError, match="a network with a graph cannot carry a detector"):
         Architecture.model_validate(
@@ -73,13 +73,13 @@ def test_a_detector_is_on_a_chain(detector: Architecture) -> None:
         )
 
 
-def test_the_head_of_a_copy_is_that_of_its_detector(detector: Architecture) -> None:
+def test_a_copy_does_not_keep_the_head_of_the_original(detector: Architecture) -> None:
     head = detector.head
     bare = detector.model_copy(update={"detector": None})
     assert head.task == "detect" and bare.task == "classify" and bare.ops() == detector.blocks
 
 
-def test_spaces_end_as_their_networks() -> None:
+def test_spaces_have_the_heads_of_their_networks() -> None:
     space = proxylessnas(resolution=64, classes=3)
     boxes = space.with_detector(extras=(16,))
     assert space.head == Classifiers(3) and space.task == "classify"
@@ -98,22 +98,28 @@ def test_spaces_end_as_their_networks() -> None:
     )
 
 
-def test_places_of_a_member_have_the_names_of_its_space() -> None:
-    space = proxylessnas(resolution=64, classes=3)
-    boxes = space.with_detector(extras=(16,))
-    for each, ends in ((space, ["classifier"]), (boxes, ["extra 0", "head 0", "head 1", "head 2"])):
-        picks = each.sample(np.random.default_rng(0)) | {"s2.b1": "skip"}
-        arch = each.decode(picks)
-        found = each.placed(arch)
-        assert [place.slot for place in found] == [*(slot.key for slot in each.slots), *ends]
-        assert [place.op for place in found if place.op is not None] == list(arch.ops())
-        at = [place.slot for place in found].index("s2.b1")
-        assert found[at].op is None and (found[at].channels, found[at].size) == (
-            found[at - 1].channels,
-            found[at - 1].size,
+def test_places_of_an_architecture_have_the_names_of_its_space() -> None:
+    classifiers = proxylessnas(resolution=64, classes=3)
+    boxes = classifiers.with_detector(extras=(16,))
+    for space, ends in (
+        (classifiers, ["classifier"]),
+        (boxes, ["extra 0", "head 0", "head 1", "head 2"]),
+    ):
+        picks = space.sample(np.random.default_rng(0)) | {"s2.b1": "skip"}
+        arch = space.decode(picks)
+        places = space.positions(arch)
+        assert [place.slot for place in places] == [*(slot.key for slot in space.slots), *ends]
+        assert [place.op for place in places if place.op is not None] == list(arch.ops())
+        at = [place.slot for place in places].index("s2.b1")
+        assert places[at].op is None and (places[at].channels, places[at].size) == (
+            places[at - 1].channels,
+            places[at - 1].size,
         )
         stranger = arch.model_copy(update={"origin": None})
-        assert each.placed(stranger) == stranger.placed() and stranger.placed()[0].slot == "block 0"
+        assert (
+            space.positions(stranger) == stranger.positions()
+            and stranger.positions()[0].slot == "block 0"
+        )
 
 
 def test_places_of_cells_are_those_that_compute() -> None:
@@ -121,13 +127,13 @@ def test_places_of_cells_are_those_that_compute() -> None:
     arch = space.decode(
         space.read("|nor_conv_3x3~0|+|none~0|none~1|+|skip_connect~0|none~1|skip_connect~2|")
     )
-    found = space.placed(arch)
-    assert [place.op for place in found] == list(arch.blocks)
-    assert [place.slot for place in found[:2]] == ["stem", "cell0.c.e0-1"] and found[
+    places = space.positions(arch)
+    assert [place.op for place in places] == list(arch.blocks)
+    assert [place.slot for place in places[:2]] == ["stem", "cell0.c.e0-1"] and places[
         -1
     ].slot == "classifier"
 
 
-def test_cells_carry_no_detector() -> None:
+def test_cell_spaces_cannot_carry_a_detector() -> None:
     with pytest.raises(ConfigError, match="space 'nasbench201' is made of cells"):
         nasbench201().with_detector()

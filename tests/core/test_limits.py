@@ -1,5 +1,5 @@
-"""Limits: memory by hand and by watching real tensors, values against the walk over an
-architecture, refusals with their fix.
+"""Limits: memory by hand and by watching real tensors, values against a walk over each
+architecture, and refusals that name a fix.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from hwnas.testing import synthetic_table
 
 
 def small() -> MacroSpace:
-    """Few enough architectures to list, with coupled widths, squeeze-and-excitation and a skip."""
+    """A space that is small enough to enumerate, with coupled widths,
+    squeeze-and-excitation and a skip.
+    """
     stages = (
         SpaceStage(widths=(8, 16), stride=2, slots=(("cn_k3",),)),
         SpaceStage(
@@ -60,7 +62,7 @@ def every_index(space: SearchSpace) -> np.ndarray:
 
 
 def other_table(space: SearchSpace) -> LatencyTable:
-    """A second device, which finds parameters slow and multiplications fast."""
+    """A second device, whose latency depends on parameters instead of MACs."""
     table = synthetic_table(space)
     entries = {
         op.key: table.entries[op.key].model_copy(update={"ms": op.params / 1e3}) for op in space.ops
@@ -78,23 +80,25 @@ BY_HAND = {
     # a plain convolution: 3 x 32^2 in, 16 x 16^2 out
     "conv-h32-i3-o16-k3-s2-relu": 3 * 1024 + 16 * 256,
     # expand 16 + 48, depthwise 48 + 48 and the 16 kept for the sum, project 48 + 16 +
-    # 16, all of 8 x 8
+    # 16, all at 8 x 8
     "mbconv-h8-i16-o16-m48-k3-relu-id": (48 + 48 + 16) * 64,
     # no sum: expand (8 + 24) * 16^2 = 8192; depthwise 24 * (16^2 + 8^2) = 7680; project
     # (24 + 40) * 8^2 = 4096
     "mbconv-h16-i8-o40-m24-k3-s2-relu": 8192,
-    # the depthwise output stays while its gate is computed, but 48 + 12 + 48 * 64 < 2 * 48 * 64
+    # the depthwise output is kept while its gate is computed, but 48 + 12 + 48 * 64 is
+    # less than 2 * 48 * 64
     "mbconv-h8-i16-o24-m48-k3-q12-relu": (48 + 48) * 64,
-    # at 1 x 1 it is what counts: 48 in, 480 hidden, 48 kept
+    # at 1 x 1 the gate is the peak: 48 in, 480 hidden, 48 kept
     "mbconv-h1-i16-o24-m48-k3-q480-relu": 48 + 480 + 48,
-    # the first layer's input is the block's input, and counted once; project: 8 in, 8 out, 8 kept
+    # the first layer's input is the block's input and is counted once; project: 8 in, 8
+    # out, 8 kept
     "dsconv-h4-i8-o8-k3-relu-id": (8 + 8 + 8) * 16,
     # without the sum: 8 + 8
     "dsconv-h4-i8-o8-k3-relu": (8 + 8) * 16,
     # pooling reads 320 x 7^2 and writes 320; the fully connected layer has 320 + 1000
     "classifier-h7-i320-o1000": 320 * 49 + 320,
     "classifier-h1-i320-o1000": 320 + 1000,
-    # the shuffle copies 32 x 8^2 with 16 kept, stride or not
+    # the shuffle copies 32 x 8^2, whatever the stride; 16 are kept if there is a sum
     "mbconv-h8-i16-o16-m32-k3-g2-relu-id": (32 + 32 + 16) * 64,
     "mbconv-h8-i16-o16-m32-k3-s2-g2-relu": (32 + 32) * 64,
     "dsconv-h8-i16-o16-k3-g2-relu-id": (16 + 16 + 16) * 64,
@@ -112,8 +116,8 @@ def test_activation_memory_by_hand(key: str) -> None:
 
 
 class Watch:
-    """Real tensors of a network: what each layer reads and writes, and what must
-    outlive it, by identity.
+    """Watches the real tensors of a network, by identity: what each layer reads and
+    writes, and what must outlive it.
     """
 
     def __init__(self, network: ClassificationNetwork) -> None:
@@ -158,8 +162,8 @@ def test_activation_memory_is_that_of_real_tensors(seed: int) -> None:
 
 
 def test_the_peak_of_mobilenet_v2_is_its_first_strided_depthwise_layer() -> None:
-    """96 channels at 112 x 112 come in and leave at 56 x 56, which is more than the 16
-    + 96 of the expansion before it.
+    """96 channels come in at 112 x 112 and leave at 56 x 56, which is more than the 16
+    + 96 channels at 112 x 112 of the expansion before it.
     """
     assert (
         peak_activation_bytes(published("mobilenet_v2"), "int8")
@@ -204,7 +208,7 @@ def test_limited_values_are_those_of_the_architecture() -> None:
     )
 
 
-def test_feasible_is_within_every_limit_at_once_the_bound_included() -> None:
+def test_feasible_architectures_meet_all_limits_with_bounds_included() -> None:
     space = small()
     index_NC = every_index(space)
     values = Limits(space, all_kinds(), tables(space)).values(index_NC)
@@ -225,7 +229,7 @@ def test_feasible_is_within_every_limit_at_once_the_bound_included() -> None:
     assert at_the_bound.feasible(index_NC[[7]]).tolist() == [True]
 
 
-def test_no_limits_allow_everything() -> None:
+def test_without_limits_everything_is_feasible() -> None:
     space = small()
     limits = Limits(space, [], tables(space))
     limits.check()
@@ -234,7 +238,7 @@ def test_no_limits_allow_everything() -> None:
     assert limits.describe(space.at(every_index(space)[0])) == {}
 
 
-def test_a_limit_more_leaves_the_first_ones_alone() -> None:
+def test_adding_a_limit_leaves_the_original_limits_unchanged() -> None:
     space = small()
     index_NC = every_index(space)
     skips = AdditiveCost(
@@ -242,6 +246,7 @@ def test_a_limit_more_leaves_the_first_ones_alone() -> None:
     )
     first = Limits(space, all_kinds(), tables(space))
     both = first.also(Compiled("skips", "max_skips", 0.0, skips))
+    # without a skip: five slots and the classifier
     skipped = np.array([len(space.decode(space.at(index)).ops()) for index in index_NC]) < 6
     assert (both.feasible(index_NC) == ~skipped).all()
     assert first.feasible(index_NC).all()
@@ -256,17 +261,17 @@ def test_two_devices_at_once() -> None:
         np.array([latency_ms(space.decode(space.at(i)), tables(space)(name)) for i in index_NC])
         for name in ("phone.json", "board.json")
     )
-    most = {
+    max_ms = {
         "phone.json": float(np.quantile(phone, 0.6)),
         "board.json": float(np.quantile(board, 0.4)),
     }
     limits = Limits(
         space,
-        [LatencyLimit(kind="latency", table=name, max_ms=ms) for name, ms in most.items()],
+        [LatencyLimit(kind="latency", table=name, max_ms=ms) for name, ms in max_ms.items()],
         tables(space),
     )
-    expected = (phone <= most["phone.json"] * (1 + 1e-12)) & (
-        board <= most["board.json"] * (1 + 1e-12)
+    expected = (phone <= max_ms["phone.json"] * (1 + 1e-12)) & (
+        board <= max_ms["board.json"] * (1 + 1e-12)
     )
     assert (limits.feasible(index_NC) == expected).all()
     assert expected.any()
@@ -286,7 +291,7 @@ def test_a_limit_out_of_reach_names_the_range_and_the_key(position: int) -> None
     message = str(caught.value)
 
     def shown(value: float) -> str:
-        # the first is in milliseconds, the others are counts
+        # the first limit is in milliseconds, the others are counts
         return str(int(value)) if position else f"{value:.6g}"
 
     assert (
@@ -302,7 +307,7 @@ def test_a_limit_out_of_reach_names_the_range_and_the_key(position: int) -> None
     Limits(space, [reachable], tables(space)).check()
 
 
-def test_a_table_that_cannot_serve_is_refused() -> None:
+def test_unusable_tables_are_refused() -> None:
     space = small()
     table = synthetic_table(space)
     lacking = table.model_copy(
@@ -321,7 +326,7 @@ def test_a_table_that_cannot_serve_is_refused() -> None:
     Limits(space, [limit], lambda _: raw, allow_uncalibrated=True)
 
 
-def test_limits_of_a_configuration() -> None:
+def test_limits_are_read_from_a_configuration() -> None:
     text = """
         [[limits]]
         kind = "latency"
@@ -346,23 +351,24 @@ def test_limits_of_a_configuration() -> None:
         {"kind": "latency", "max_ms": 5}, {"kind": "latency", "table": "t", "max_ms": float("inf")},
         {"kind": "size_bytes", "max_bytes": 1, "dtype": "fp8"}, {"kind": "macs", "max_macs": 1, "table": "t"},
     ]  # fmt: skip
-    for one in wrong:
+    for limit in wrong:
         with pytest.raises(ValidationError):
-            read((one,))
+            read((limit,))
     with pytest.raises(ValidationError, match="frozen"):
         read(tomllib.loads(text)["limits"])[1].max_macs = 5  # type: ignore[union-attr]
 
 
-def test_maps_that_are_read_later_are_alive_in_a_network_of_cells() -> None:
+def test_maps_that_are_read_later_stay_alive_in_a_network_of_cells() -> None:
     builder = GraphBuilder()
     conv = Op.parse("conv-h4-i2-o2-relu")  # every map has 32 numbers
     first, second = builder.op(conv, 0), builder.op(conv, 0)
     joined = builder.concat([builder.sum([first, second]), 0])
     builder.op(Op.parse("classifier-h4-i4-o10"), joined)
-    found = live_numbers(builder.steps, builder.blocks, (2, 4))
-    # in and out; in, out and the first map; the sum in place of the first, and the
-    # image; the sum, the image and both; 64 and their mean
-    assert list(found) == [64, 96, 96, 128, 64 + 4]
+    alive = live_numbers(builder.steps, builder.blocks, (2, 4))
+    # the image and the first map; the image and both maps; the same again, as the sum
+    # is in place; the image, the sum and their concatenation; that and the means of its
+    # four channels
+    assert list(alive) == [64, 96, 96, 128, 64 + 4]
     arch = Architecture(
         name="cells", in_channels=2, blocks=tuple(builder.blocks), graph=tuple(builder.steps)
     )
@@ -370,7 +376,7 @@ def test_maps_that_are_read_later_are_alive_in_a_network_of_cells() -> None:
 
 
 @pytest.mark.parametrize("build", [nasbench201, lambda: darts(layers=3)])
-def test_a_limit_of_activations_holds_in_a_space_of_cells(build: Callable[[], SearchSpace]) -> None:
+def test_an_activation_limit_holds_in_a_cell_space(build: Callable[[], SearchSpace]) -> None:
     space, rng = build(), np.random.default_rng(0)
     index_NC = np.stack([space.index(space.sample(rng)) for _ in range(12)])
     peaks = [peak_activation_bytes(space.decode(space.at(index_C)), "int8") for index_C in index_NC]

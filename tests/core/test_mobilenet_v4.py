@@ -22,7 +22,7 @@ def picks_of(space: MacroSpace, stages: list[tuple[int, str]]) -> Picks:
 
 
 @pytest.mark.parametrize(("name", "second"), [("small", "cn_k1"), ("medium", "skip")])
-def test_small_and_medium_are_picks(name: str, second: str) -> None:
+def test_small_and_medium_are_in_the_space(name: str, second: str) -> None:
     network, space = f"mobilenet_v4_conv_{name}", mobilenet_v4()
     written = [(width, blocks) for width, _, blocks in WRITTEN[network].stages]
     if name == "small":  # the convolutions at 1/8 have widths of their own
@@ -50,5 +50,5 @@ def uib(kernels: str) -> str:
 @pytest.mark.parametrize(
     ("name", "millions"), [("small", 3.77), ("medium", 9.72), ("large", 32.59)]
 )
-def test_parameters_are_those_of_timms_results(name: str, millions: float) -> None:
+def test_parameters_match_timms_results(name: str, millions: float) -> None:
     assert round(published(f"mobilenet_v4_conv_{name}").params / 1e6, 2) == millions

@@ -1,5 +1,5 @@
-"""NAS-Bench-101's cells: validity, pruning, channels and counts by the benchmark's
-published numbers and hand-worked cells.
+"""NAS-Bench-101's cells: validity, pruning, channels and counts against the benchmark's
+published numbers and cells worked out by hand.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def cell(edges: list[tuple[int, int]], ops: list[str]) -> str:
 EXAMPLE = cell(
     [(0, 1), (0, 2), (0, 3), (0, 5), (1, 6), (2, 6), (3, 4), (4, 6), (5, 6)], [C1, C3, C3, C3, P]
 )
-"""The cell of the benchmark's README."""
+"""The example cell in the benchmark's README."""
 SMALLEST = cell([(0, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 5), (3, 5), (4, 5)], [P] * 4)
 FIRST = cell(
     [(0, 1), (0, 4), (0, 5), (1, 2), (2, 3), (2, 6), (3, 5), (4, 5), (5, 6)], [C3, P, C3, C3, C1]
@@ -40,8 +40,8 @@ FIRST = cell(
 
 
 def test_published_parameters_and_hash() -> None:
-    """2,694,282 is what the benchmark's README prints for its example, 227,274 the
-    smallest; the first record holds the others.
+    """The benchmark's README prints 2,694,282 for its example; 227,274 is the smallest.
+    The other values are from the benchmark's first record.
     """
     assert SPACE.decode(SPACE.read(EXAMPLE)).params == 2_694_282
     assert SPACE.decode(SPACE.read(SMALLEST)).params == 227_274
@@ -50,8 +50,8 @@ def test_published_parameters_and_hash() -> None:
 
 
 def test_the_channel_rule() -> None:
-    """The output's channels are divided, the first vertices get the rest; inside, the
-    widest that is led to.
+    """The output's channels are divided among the vertices that lead to it, the first
+    of which get the remainder. Any other vertex is as wide as its widest successor.
     """
     matrix = np.zeros((7, 7), dtype=int)
     for source, vertex in ((0, 1), (1, 2), (1, 3), (2, 6), (3, 6), (1, 4), (4, 5), (5, 6)):
@@ -72,14 +72,16 @@ def test_wider_maps_are_cut() -> None:
 
 
 def test_pruning() -> None:
-    """A dead end, a vertex without an input, and the cell that is left."""
-    whole = cell([(0, 1), (1, 3), (0, 2), (4, 5)], [C3, P, C1, C1])
+    """A dead end and a vertex without an input are removed."""
+    disconnected = cell([(0, 1), (1, 3), (0, 2), (4, 5)], [C3, P, C1, C1])
     with pytest.raises(SpaceError, match="no path from the input"):
-        SPACE.read(whole)
+        SPACE.read(disconnected)
     dangling = cell([(0, 1), (1, 5), (0, 2), (4, 5)], [C3, P, C1, C1])
-    alone = cell([(0, 1), (1, 2)], [C3])
-    assert SPACE.decode(SPACE.read(dangling)).identity == SPACE.decode(SPACE.read(alone)).identity
-    assert SPACE.fingerprint(SPACE.read(dangling)) == SPACE.fingerprint(SPACE.read(alone))
+    remaining = cell([(0, 1), (1, 2)], [C3])
+    assert (
+        SPACE.decode(SPACE.read(dangling)).identity == SPACE.decode(SPACE.read(remaining)).identity
+    )
+    assert SPACE.fingerprint(SPACE.read(dangling)) == SPACE.fingerprint(SPACE.read(remaining))
     assert pruned(np.array([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])) == [0, 3]
 
 
@@ -97,14 +99,14 @@ def test_at_most_nine_edges() -> None:
         assert Architecture.parse(arch.to_json()) == arch
 
 
-def test_the_notation_back() -> None:
+def test_the_notation_reads_back() -> None:
     rng = np.random.default_rng(2)
     for _ in range(5):
         picks = SPACE.sample(rng)
         assert SPACE.fingerprint(SPACE.read(SPACE.write(picks))) == SPACE.fingerprint(picks)
 
 
-def test_the_fingerprint_knows_no_order() -> None:
+def test_the_fingerprint_ignores_the_order_of_vertices() -> None:
     matrix = np.array(
         [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
     )
@@ -118,10 +120,10 @@ def test_the_fingerprint_knows_no_order() -> None:
 
 @pytest.mark.parametrize("vertices", [2, 3, 4, 5])
 def test_the_number_of_different_cells(vertices: int) -> None:
-    """As the benchmark enumerates them: 1, 6, 84 and 2,441 unique cells that use all of
-    2, 3, 4 and 5 vertices.
+    """The benchmark enumerates 1, 6, 84 and 2,441 unique cells that use all of 2, 3, 4
+    and 5 vertices.
     """
-    found, pairs = (
+    hashes, pairs = (
         set(),
         [(source, vertex) for vertex in range(1, vertices) for source in range(vertex)],
     )
@@ -137,11 +139,11 @@ def test_the_number_of_different_cells(vertices: int) -> None:
         for position, pair in enumerate(pairs):
             matrix[pair] = bits >> position & 1
         if matrix.sum() <= 9 and pruned(matrix) == list(range(vertices)):
-            found |= {graph_hash(matrix, [-1, *map(int, labels), -2]) for labels in labellings}
-    assert len(found) == {2: 1, 3: 6, 4: 84, 5: 2_441}[vertices]
+            hashes |= {graph_hash(matrix, [-1, *map(int, labels), -2]) for labels in labellings}
+    assert len(hashes) == {2: 1, 3: 6, 4: 84, 5: 2_441}[vertices]
 
 
-def test_what_this_space_does_not_do() -> None:
+def test_unsupported_operations_are_refused() -> None:
     assert parse_space(SPACE.to_json()) == SPACE
     assert isinstance(load_space("nasbench101", width=0.25, classes=7), NASBench101Space)
     for call, words in (

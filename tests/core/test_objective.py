@@ -1,4 +1,4 @@
-"""Objectives: each paper's formula, on floats and tensors, as a case of the one form."""
+"""Objectives: each paper's formula, on floats and tensors, as a case of one form."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def test_the_papers_losses_by_hand() -> None:
     assert add_linear(2.0, 96.0, 80.0) == pytest.approx(2.02)  # 2 + 0.1 * 16 / 80
     assert mul_log(2.0, 80.0, 80.0) == pytest.approx(0.4)  # at the reference: alpha * CE
     assert mul_log(2.0, 81.0, 9.0) == pytest.approx(0.4 * 2**0.3)  # log 81 = 2 log 9
-    # the class's fallbacks
+    # the fallback values in ProxylessNAS's code
     assert mul_log(2.0, 9.0, 81.0, alpha=1.0, beta=0.6) == pytest.approx(2 * 0.5**0.6)
     assert mul_log(2.0, 81e-3, 9e-3, unit_ms=1e-3) == pytest.approx(0.4 * 2**0.3)
     assert fbnet(2.0, math.exp(10) / 1000) == pytest.approx(0.4 * 10**0.6)  # exp(10) microseconds
     assert fbnet(2.0, math.e**4, unit_ms=1.0) == pytest.approx(0.4 * 4**0.6)
-    # alpha * beta * log LAT, a known mistake
+    # not alpha * beta * log LAT, a known mistake
     assert fbnet(2.0, math.e**4, unit_ms=1.0) != pytest.approx(0.4 * 0.6 * 4)
     assert proxylessnas_reward(0.75, 160.0, 80.0) == pytest.approx(0.75 * 0.5**0.1)
     assert proxylessnas_reward(0.75, 40.0, 80.0) == pytest.approx(0.75 * 2**0.1)
@@ -142,9 +142,7 @@ def test_the_papers_losses_on_floats_tensors_and_arrays(
     "form", [lambda ce, ms: mul_log(ce, ms, 70.0), fbnet, lambda ce, ms: add_linear(ce, ms, 70.0)]
 )
 @pytest.mark.parametrize("cost", [1.5, 60.0, 130.0])
-def test_the_papers_losses_push_towards_fast_networks_by_the_right_amount(
-    form: Any, cost: float
-) -> None:
+def test_the_papers_losses_favour_fast_networks_by_the_right_amount(form: Any, cost: float) -> None:
     inputs = (
         torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
         torch.tensor(cost, dtype=torch.float64, requires_grad=True),
@@ -155,7 +153,7 @@ def test_the_papers_losses_push_towards_fast_networks_by_the_right_amount(
     assert float(inputs[1].grad) > 0
 
 
-def test_the_logarithm_of_less_than_a_unit_is_refused() -> None:
+def test_the_logarithm_of_one_unit_or_less_is_refused() -> None:
     assert mul_log(2.0, 0.4, 0.5, unit_ms=1e-3) == pytest.approx(
         0.4 * (math.log(400) / math.log(500)) ** 0.3
     )
@@ -197,16 +195,14 @@ def test_every_form_on_floats_and_tensors(
             torch.tensor([loss, loss], dtype=torch.float64),
             torch.tensor([cost, baseline], dtype=torch.float64),
         )
-        found = penalised(*tensors, baseline, nonlinear, aggregate, scale)
-        assert found.tolist() == pytest.approx([expected, loss])
+        values = penalised(*tensors, baseline, nonlinear, aggregate, scale)
+        assert values.tolist() == pytest.approx([expected, loss])
 
 
 @pytest.mark.parametrize("nonlinear", sorted(NONLINEAR))
 @pytest.mark.parametrize("aggregate", ["add", "mul"])
 @pytest.mark.parametrize("cost", [60.0, 130.0])
-def test_gradients_are_those_of_finite_differences(
-    nonlinear: str, aggregate: str, cost: float
-) -> None:
+def test_gradients_match_finite_differences(nonlinear: str, aggregate: str, cost: float) -> None:
     inputs = (
         torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
         torch.tensor(cost, dtype=torch.float64, requires_grad=True),
@@ -226,10 +222,10 @@ def test_gradients_are_those_of_finite_differences(
 def test_the_absolute_reward_of_equal_networks_is_best_at_the_target() -> None:
     rewards = {cost: absolute(0.7, cost, 80.0) for cost in range(40, 121)}
     assert max(rewards, key=rewards.get) == 80
-    assert mnas(0.7, 40.0, 80.0) > mnas(0.7, 80.0, 80.0)  # what TuNAS's reward was made to avoid
+    assert mnas(0.7, 40.0, 80.0) > mnas(0.7, 80.0, 80.0)  # which TuNAS's reward is meant to avoid
 
 
-def test_the_objectives_of_a_configuration() -> None:
+def test_objectives_are_read_from_a_configuration() -> None:
     read = TypeAdapter(Objective).validate_python
     assert read({"name": "absolute"}).reward(0.75, 92.4, 84.0) == pytest.approx(0.74)
     assert read({"name": "absolute", "beta": -0.5}) == AbsoluteObjective(beta=-0.5)

@@ -104,7 +104,7 @@ CELLS = {
 
 @st.composite
 def ops_of_cells(draw: st.DrawFn, kind: type[Op], size: int, act: str) -> Op:
-    """A valid op of a kind that cells have."""
+    """Any valid op of a kind that cells use."""
     in_ch, out_ch = draw(st.integers(1, 500)), 2 * draw(st.integers(1, 250))
     kernel, stride = draw(st.sampled_from((1, 3, 5))), draw(st.integers(1, 3))
     if issubclass(kind, Pool):
@@ -157,7 +157,7 @@ def test_keys_are_written_as_documented() -> None:
     )
 
 
-def test_the_key_in_the_documentation_is_a_key() -> None:
+def test_the_key_in_the_docstring_is_valid() -> None:
     import hwnas.core.ops.base as module
 
     shown = next(
@@ -183,7 +183,7 @@ def test_the_key_in_the_documentation_is_a_key() -> None:
         "conv-h0-i3-o8",
         "conv-h8-i3-o8-k2",  # even kernel
         "conv-h8-i3-o8-m24",  # an expansion without mbconv
-        "mbconv-h8-i8-o8-k3",  # an mbconv without one
+        "mbconv-h8-i8-o8-k3",  # an mbconv without an expansion
         "mbconv-h8-i8-o16-m24-k3-id",  # a residual between different widths
         "mbconv-h8-i8-o8-m24-k3-s2-id",  # a residual across a stride
         "conv-h8-i3-o8-q4",  # SE in a plain convolution
@@ -218,14 +218,14 @@ def test_the_key_in_the_documentation_is_a_key() -> None:
         "conv_h8_i3_o8",
     ],
 )
-def test_what_is_no_key_is_refused_with_its_text(key: str) -> None:
+def test_invalid_keys_are_refused_in_a_sentence(key: str) -> None:
     with pytest.raises(SpaceError) as caught:
         Op.parse(key)
     assert str(caught.value).endswith(".")
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("make", "message"),
     [
         (lambda: Conv(8, 3, 8, groups=-1), "below"),
         (lambda: MBConv(8, 8, 8, 24, 3, 1, 1, -8), "below"),
@@ -238,9 +238,9 @@ def test_what_is_no_key_is_refused_with_its_text(key: str) -> None:
         (lambda: Op.parse("block-h8-i3-o8"), "known: conv, dsconv, mbconv, head, classifier"),
     ],
 )
-def test_impossible_ops_cannot_be_made(made: Callable[[], Op], message: str) -> None:
+def test_impossible_ops_are_refused(make: Callable[[], Op], message: str) -> None:
     with pytest.raises(SpaceError, match=message):
-        made()
+        make()
 
 
 def test_counts_of_an_mbconv_with_squeeze_and_groups_by_hand() -> None:
@@ -302,7 +302,7 @@ def shuffles(op: Op) -> int:
     return sum(node.kind == "shuffle" for node in op.program.nodes)
 
 
-def test_groups_shuffle_between_the_convolutions_of_a_block_and_cost_nothing() -> None:
+def test_grouped_blocks_shuffle_between_their_convolutions_at_no_cost() -> None:
     assert shuffles(MBConv(8, 8, 8, 24, 3, groups=2)) == 1
     assert shuffles(DSConv(8, 8, 8, kernel=3, groups=2)) == 1
     assert shuffles(Conv(8, 8, 8, kernel=3, groups=2)) == 0

@@ -1,4 +1,4 @@
-"""Block options: notation, the ops they become, widths by hand, and taking lists apart."""
+"""Block options: notation, the ops they become, widths by hand, factorisation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_options_are_read() -> None:
         "ir_k3_e3_hsig_se0.25",
     ],
 )
-def test_what_is_no_option_is_refused(text: str) -> None:
+def test_invalid_options_are_refused(text: str) -> None:
     with pytest.raises(SpaceError, match="is not a block option: write for instance 'ir_k3_e6'"):
         parse_option(text)
 
@@ -119,7 +119,7 @@ def test_scaled_widths_by_hand(channels: int, multiplier: float, width: int) -> 
 
 def test_scaled_widths_are_those_of_tunas_enlarged_space() -> None:
     multipliers = (0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0)
-    expected = {  # nas-facts 1.2 (b): rounded to 8, duplicates merged
+    expected = {  # rounded to multiples of 8, duplicates merged
         16: [8, 16, 24, 32],
         32: [16, 24, 32, 40, 48, 64],
         64: [32, 40, 48, 64, 80, 96, 128],
@@ -144,7 +144,9 @@ def test_divisible_widths_by_hand(channels: float, rounded: int) -> None:
 
 @FAST
 @given(st.floats(1, 5000))
-def test_divisible_widths_are_those_of_torchvision_and_never_lose_a_tenth(channels: float) -> None:
+def test_divisible_widths_are_those_of_torchvision_and_lose_at_most_a_tenth(
+    channels: float,
+) -> None:
     from torchvision.models._utils import _make_divisible
 
     rounded = make_divisible(channels)
@@ -159,7 +161,7 @@ def test_scaled_widths_round_half_up(channels: int, multiplier: float) -> None:
     assert scale_width(channels, multiplier) == max(8, 8 * floor(channels * multiplier / 8 + 0.5))
 
 
-def test_a_grid_comes_apart_into_kernel_and_expansion() -> None:
+def test_a_grid_factorises_into_kernel_and_expansion() -> None:
     factors = factorise((*GRID, "skip"))
     assert factors.axes == (("kernel", (3.0, 5.0, 7.0)), ("expansion", (3.0, 6.0)))
     assert factors.grid == ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), None)
@@ -182,7 +184,7 @@ def test_kernels_alone_are_one_axis() -> None:
         ("ds_k3", "cn_k3"),
     ],
 )
-def test_a_list_that_is_no_grid_stays_one_decision(options: tuple[str, ...]) -> None:
+def test_a_list_that_is_not_a_full_grid_stays_one_decision(options: tuple[str, ...]) -> None:
     count = len(options)
     assert factorise(options) == Factors(
         (("option", tuple(map(float, range(count)))),), tuple((i,) for i in range(count))
@@ -195,7 +197,7 @@ def test_a_list_that_is_no_grid_stays_one_decision(options: tuple[str, ...]) -> 
     assert factorise(("skip", *options)).decisions == (2, count)
 
 
-def test_one_option_is_no_decision() -> None:
+def test_a_single_option_is_not_a_decision() -> None:
     assert factorise(("ir_k3_e3",)).decisions == ()
     assert factorise(("skip",)).decisions == ()
     assert factorise(("ir_k3_e3", "skip")).decisions == (2,)
@@ -208,7 +210,7 @@ def test_one_option_is_no_decision() -> None:
     st.lists(st.sampled_from(("", "_se0.25")), min_size=1, unique=True),
     st.randoms(use_true_random=False),
 )
-def test_every_full_grid_in_any_order_comes_apart(
+def test_every_full_grid_factorises_in_any_order(
     kernels: list[int], expansions: list[int], squeezes: list[str], random
 ) -> None:
     options = [f"ir_k{k}_e{e}{se}" for k, e, se in product(kernels, expansions, squeezes)]

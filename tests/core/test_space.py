@@ -1,4 +1,4 @@
-"""Spaces: decode and encode are inverse, the walk, restriction, and what is refused."""
+"""Spaces: decoding and encoding, choices, terms, restriction, and refusals."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ THOUSAND = settings(deadline=None, derandomize=True, max_examples=1000)
 
 
 def elastic() -> MacroSpace:
-    """A space whose widths are searched everywhere, stem and head included, with both
-    kinds of residual.
+    """A space with every width searched, stem and head included, and both kinds of
+    residual.
     """
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
@@ -92,7 +92,7 @@ def sampled(draw: st.DrawFn, name: str) -> tuple[MacroSpace, Picks]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
 def test_encode_undoes_decode_with_an_origin_and_without(name: str) -> None:
-    @THOUSAND
+    @settings(THOUSAND, max_examples=300)
     @given(sampled(name))
     def check(drawn: tuple[MacroSpace, Picks]) -> None:
         space, picks = drawn
@@ -101,11 +101,11 @@ def test_encode_undoes_decode_with_an_origin_and_without(name: str) -> None:
         by_hand = Architecture(
             name="by hand", in_channels=space.in_channels, bn_eps=space.bn_eps, blocks=arch.blocks
         )
-        found = space.encode(by_hand)
-        space.check(found)
-        assert space.decode(found).blocks == arch.blocks
+        encoded = space.encode(by_hand)
+        space.check(encoded)
+        assert space.decode(encoded).blocks == arch.blocks
         assert all(
-            found[choice.key] == picks[choice.key]
+            encoded[choice.key] == picks[choice.key]
             for choice in space.choices
             if choice.kind in ("width", "resolution")
         )
@@ -124,7 +124,7 @@ def test_index_and_at_are_inverse(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_op_of_a_sample_is_in_the_plan_and_the_plan_is_reached(name: str) -> None:
+def test_samples_reach_exactly_the_ops_of_the_space(name: str) -> None:
     space, rng = SPACES[name], np.random.default_rng(0)
     plan, seen = set(space.ops), set()
     assert len(space.ops) == len(plan)
@@ -138,6 +138,7 @@ def test_samples_are_uniform() -> None:
     index_NC = np.stack([space.index(space.sample(rng)) for _ in range(4000)])
     for i, choice in enumerate(space.choices):
         shares = np.bincount(index_NC[:, i], minlength=len(choice.options)) / len(index_NC)
+        # more than four standard errors of a share of 4000 samples
         assert np.abs(shares - 1 / len(choice.options)).max() < 0.035
 
 
@@ -158,7 +159,7 @@ def test_choices_are_the_open_decisions_in_post_order() -> None:
     )
 
 
-def test_architectures_are_counted_as_they_are_told_apart() -> None:
+def test_the_number_of_architectures_is_that_of_distinct_canonical_forms() -> None:
     space = deep().restrict({"resolution": [16], "s2.width": [16], "s4.width": [32]})
     indices_NC = np.array(list(np.ndindex(*(len(choice.options) for choice in space.choices))))
     assert (
@@ -167,10 +168,11 @@ def test_architectures_are_counted_as_they_are_told_apart() -> None:
         < space.size
         == len(indices_NC)
     )
+    # three resolutions and two widths in each of s2 and s4
     assert deep().architectures == 12 * space.architectures
 
 
-def test_choices_of_depth_come_after_the_width_and_the_resolution_last() -> None:
+def test_depths_follow_the_width_of_their_stage_and_the_resolution_comes_last() -> None:
     space = SPACES["deep"]
     keys = (
         "s1.b0 s2.b0 s2.b1 s2.b2 s2.b3 s2.width s2.depth s3.b0 s3.b1 s3.b2 s3.depth s4.width"
@@ -182,7 +184,7 @@ def test_choices_of_depth_come_after_the_width_and_the_resolution_last() -> None
     assert space.decisions == (2 * 2) * 2**4 * 2 * 3 * (2 * (2 * 2) * 2) * 2 * 2 * 3
 
 
-def test_terms_name_what_their_price_depends_on() -> None:
+def test_terms_name_what_their_cost_depends_on() -> None:
     keys = {term.slot: term.keys for term in SPACES["deep"].terms()}
     assert keys == {
         "s0.b0": ("resolution",),
@@ -207,14 +209,14 @@ def test_terms_indexed_by_picks_are_the_blocks_that_decode_gives(name: str) -> N
     @settings(THOUSAND, max_examples=200)
     @given(indices(space))
     def check(index: tuple[int, ...]) -> None:
-        found = []
+        ops = []
         for term in space.terms():
             at = tuple(index[positions[key]] for key in term.keys)
             assert term.shape == tuple(
                 len(space.choices[positions[key]].options) for key in term.keys
             )
-            found.append(term.ops[int(np.ravel_multi_index(at, term.shape)) if at else 0])
-        assert tuple(op for op in found if op is not None) == space.decode(space.at(index)).ops()
+            ops.append(term.ops[int(np.ravel_multi_index(at, term.shape)) if at else 0])
+        assert tuple(op for op in ops if op is not None) == space.decode(space.at(index)).ops()
 
     check()
 
@@ -224,8 +226,8 @@ def test_blocks_that_the_depth_leaves_out_do_not_count() -> None:
     picks = {**space.at([1] * len(space.choices)), "s2.depth": 2, "s3.depth": 1}
     arch = space.decode(picks)
     assert arch.blocks == space.decode({**picks, "s2.b2": "ir_k3_e3", "s3.b1": "skip"}).blocks
-    found = space.encode(Architecture(name="by hand", blocks=arch.blocks))
-    assert found == {
+    encoded = space.encode(Architecture(name="by hand", blocks=arch.blocks))
+    assert encoded == {
         **picks,
         "s2.b2": "ir_k3_e3",
         "s2.b3": "ir_k3_e3",
@@ -234,7 +236,7 @@ def test_blocks_that_the_depth_leaves_out_do_not_count() -> None:
     }
 
 
-def test_a_resolution_is_the_size_of_the_first_block_and_of_all_after_it() -> None:
+def test_the_resolution_determines_the_size_of_every_block() -> None:
     space = SPACES["deep"]
     picks = space.at([0] * len(space.choices))
     sizes = {16: [16, 8, 8, 4, 4, 4], 20: [20, 10, 10, 5, 5, 5], 25: [25, 13, 13, 7, 7, 7]}
@@ -247,7 +249,7 @@ def test_a_resolution_is_the_size_of_the_first_block_and_of_all_after_it() -> No
     assert space.slots[1].op("ds_k3_nhs", 8, 8) == Op.parse("dsconv-h13-i8-o8-k3-hswish-id")
 
 
-def test_depth_and_resolution_are_restricted() -> None:
+def test_depth_and_resolution_can_be_restricted() -> None:
     space = deep()
     smaller = space.restrict(
         {"s2.depth": [2, 3], "s3.depth": [1], "resolution": [20, 16], "s1.b0": ["skip"]}
@@ -419,7 +421,7 @@ def test_impossible_restrictions_are_refused(
         ('"slots": [["ir_k3_e3", "ir_k3_e3"]]', "one or more different options"),
         ('"slots": [[]]', "one or more different options"),
         ('"slots": [["skip"]]', "changes the shape, so it cannot offer 'skip'"),
-        ('"slots": [["ir_k4_e3"]]', "kernels are odd"),
+        ('"slots": [["ir_k4_e3"]]', "kernels must be odd"),
         ('"slots": [["ir_k3"]]', "'ir_k3' is not a block option"),
         ('"slots": [["cn_k3_g2"]]', "2 groups do not divide"),
         (
@@ -462,13 +464,13 @@ def test_impossible_resolutions_are_refused(resolutions: tuple[int, ...]) -> Non
         )
 
 
-def test_a_document_without_depths_and_resolutions_is_as_it_was_before_them() -> None:
+def test_documents_omit_depths_and_resolutions_that_are_not_searched() -> None:
     assert '"depths"' not in mobile32().to_json()
     assert '"resolutions"' not in mobile32().to_json()
     assert '"depths"' in deep().to_json()
 
 
-def test_names_of_spaces() -> None:
+def test_spaces_are_loaded_by_name() -> None:
     assert load_space("mobile32", classes=3, in_channels=1, resolution=16).decode is not None
     assert load_space("proxylessnas", in_channels=1, classes=10, resolution=64).ops[0].in_ch == 1
     with pytest.raises(
@@ -482,7 +484,7 @@ def test_names_of_spaces() -> None:
         load_space("mobile32", act="gelu")
 
 
-def test_architectures_as_text() -> None:
+def test_architectures_are_read_from_text() -> None:
     space = load_space("nasbench_macro")
     picks = space.at([0, 1, 2, 0, 1, 2, 0, 1])
     for text in (

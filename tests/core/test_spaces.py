@@ -1,5 +1,5 @@
-"""The built-in spaces: how many networks they hold, where their corners are, and what
-width and resolution make of them.
+"""The built-in spaces: their sizes, their corners, and the effect of width and
+resolution.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from hwnas.core.spaces import (
 from hwnas.errors import SpaceError
 
 MOBILENET_V2 = (32, 16, 24, 32, 64, 96, 160, 320, 1280)
-# nas-facts 1.2
+# MobileNetV2's blocks as positions in the options of ProxylessNAS
 MOBILENET_V2_CODES = [0, 3, 3, 6, 6, 3, 3, 3, 6, 3, 3, 3, 3, 3, 3, 3, 6, 3, 3, 3, 6, 3]
 
 
 def corner(space: MacroSpace, at: int) -> Picks:
-    """Every choice at its first (0) or last (-1) option, with nothing skipped in the last."""
+    """Every choice at its first (0) or last (-1) option; the last skips nothing."""
     picks: Picks = {}
     for choice in space.choices:
         options = (
@@ -46,7 +46,6 @@ def corner(space: MacroSpace, at: int) -> Picks:
     ],
 )
 def test_tunas_spaces_have_as_many_decisions_as_its_readme_says(name: str, decisions: int) -> None:
-    # nas-facts T6
     expected = {
         "proxylessnas": "2.16e+21",
         "proxylessnas_enlarged": "1.39e+28",
@@ -73,9 +72,9 @@ def test_sizes(name: str, size: int) -> None:
     assert MACRO_SPACES[name]().size == size
 
 
-def test_identities_of_spaces_that_tables_and_runs_name() -> None:
-    """Fields that came later leave the hash alone: a committed table was made for the
-    first of these.
+def test_hashes_that_tables_and_runs_refer_to_are_stable() -> None:
+    """Fields that were added later do not change the hash. A committed table was made
+    for the first of these spaces.
     """
     assert proxylessnas().sha256.startswith("03b8e15211a6e774")
     assert MACRO_SPACES["mobile32"]().sha256.startswith("bc5345c2f8be68cd")
@@ -90,9 +89,9 @@ def test_decode_undoes_encode(name: str) -> None:
         arch = space.decode(picks)
         assert space.encode(arch) == picks
         by_hand = Architecture(name="by hand", bn_eps=space.bn_eps, blocks=arch.blocks)
-        found = space.encode(by_hand)
-        space.check(found)
-        assert space.decode(found).blocks == arch.blocks
+        encoded = space.encode(by_hand)
+        space.check(encoded)
+        assert space.decode(encoded).blocks == arch.blocks
 
 
 @pytest.mark.parametrize("name", MACRO_SPACES)
@@ -103,7 +102,7 @@ def test_terms_are_the_ops_of_samples(name: str) -> None:
     for _ in range(20):
         picks = space.sample(rng)
         index = space.index(picks)
-        found = [
+        ops = [
             term.ops[
                 (
                     int(
@@ -117,11 +116,11 @@ def test_terms_are_the_ops_of_samples(name: str) -> None:
             ]
             for term in terms
         ]
-        assert tuple(op for op in found if op is not None) == space.decode(picks).ops()
+        assert tuple(op for op in ops if op is not None) == space.decode(picks).ops()
 
 
 @pytest.mark.parametrize("name", MACRO_SPACES)
-def test_width_resolution_and_the_rest_are_taken_by_every_space(name: str) -> None:
+def test_every_space_takes_all_overrides(name: str) -> None:
     space = load_space(
         name,
         width=0.5,
@@ -134,16 +133,16 @@ def test_width_resolution_and_the_rest_are_taken_by_every_space(name: str) -> No
     )
     assert isinstance(space, MacroSpace)
     whole = MACRO_SPACES[name](resolution=32, classes=7, in_channels=1)
-    first, last = space.decode(corner(space, -1)), whole.decode(corner(whole, -1))
-    assert (first.resolution, first.classes, first.in_channels, first.bn_eps, space.name) == (
+    narrow, wide = space.decode(corner(space, -1)), whole.decode(corner(whole, -1))
+    assert (narrow.resolution, narrow.classes, narrow.in_channels, narrow.bn_eps, space.name) == (
         32,
         7,
         1,
         1e-5,
         "small",
     )
-    assert (first.ops()[0].act, first.ops()[-1].in_ch) == ("relu6", last.ops()[-1].in_ch)
-    assert first.macs < 0.6 * last.macs
+    assert (narrow.ops()[0].act, narrow.ops()[-1].in_ch) == ("relu6", wide.ops()[-1].in_ch)
+    assert narrow.macs < 0.6 * wide.macs
     with pytest.raises(
         SpaceError, match=r"does not take the override 'widht'; did you mean 'width'\?"
     ):
@@ -153,10 +152,12 @@ def test_width_resolution_and_the_rest_are_taken_by_every_space(name: str) -> No
 @pytest.mark.parametrize(
     ("width", "macs"), [(0.35, 59), (0.5, 97), (0.75, 209), (1.0, 300), (1.3, 509), (1.4, 582)]
 )
-def test_a_scaled_mobilenet_v2_counts_what_its_authors_counted(width: float, macs: int) -> None:
+def test_a_scaled_mobilenet_v2_has_the_macs_that_its_authors_report(
+    width: float, macs: int
+) -> None:
     space = proxylessnas(MOBILENET_V2, act="relu6").scaled(width)
-    found = space.decode(picks_of_codes(space, MOBILENET_V2_CODES)).macs / 1e6
-    assert found == pytest.approx(macs, rel=0.01)  # nas-facts 4.2: slim's README, in whole millions
+    million_macs = space.decode(picks_of_codes(space, MOBILENET_V2_CODES)).macs / 1e6
+    assert million_macs == pytest.approx(macs, rel=0.01)  # slim's README, in whole millions
 
 
 def test_scaled_widths_merge_and_keep_their_order() -> None:
@@ -187,12 +188,12 @@ def test_searched_widths_are_tunas_multipliers() -> None:
     )
 
 
-def test_the_mobilenet_v3_like_space_is_that_of_nas_facts() -> None:
+def test_the_blocks_of_the_mobilenet_v3_like_space() -> None:
     space = mobilenet_v3_like()
     arch = space.decode({**corner(space, -1), "s0.b0": "cn_k3", "s5.b1": "ir_k3_e1"})
     ops = arch.ops()
     assert ops[0].key == "conv-h224-i3-o32-k3-s2-hswish"
-    # ReLU in a stage whose stem is hard-swish
+    # ReLU, although the stem has hard-swish
     assert ops[1].key == "dsconv-h112-i32-o32-k7-relu-id"
     assert [op.act for op in ops if op.kind == "mbconv"] == ["relu"] * 8 + ["hswish"] * 12
     # e = 1 keeps its expansion convolution
@@ -206,8 +207,8 @@ def test_the_mobilenet_v3_like_space_is_that_of_nas_facts() -> None:
     ]
 
 
-def test_once_for_all_s_count() -> None:
-    """The paper: 2 x 10^19 networks at each of its resolutions."""
+def test_the_number_of_once_for_all_networks() -> None:
+    """The paper counts 2 x 10^19 networks at each resolution."""
     assert ofa_mobilenet_v3().architectures == 4 * (9**2 + 9**3 + 9**4) ** 5
 
 
@@ -224,7 +225,7 @@ def test_the_once_for_all_space_is_elastic_in_depth_and_resolution() -> None:
     squeezed = [op.out_ch for op in largest.ops() if op.se_ch]
     assert squeezed == [40] * 4 + [112] * 4 + [160] * 4
     assert {op.se_gate for op in largest.ops() if op.se_ch} == {"hsig"}
-    wide = ofa_mobilenet_v3(width=1.2)  # nas-facts 2.5: once-for-all's table of the width-1.2 space
+    wide = ofa_mobilenet_v3(width=1.2)  # once-for-all's table of the width-1.2 space
     assert [stage.widths[0] for stage in wide.stages] == [24, 24, 32, 48, 96, 136, 192, 1152, 1536]
 
 

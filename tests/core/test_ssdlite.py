@@ -1,4 +1,4 @@
-"""SSDLite on architectures of all kinds: where it taps, what it leaves out, what it refuses."""
+"""SSDLite on all kinds of architectures: taps, what it leaves out, what it refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hwnas.errors import SpaceError
     ("name", "fine", "coarse"),
     [
         ("mobilenet_v2", 96, 320),
-        # TuNAS's endpoints: after blocks 5 and 7, before the 1280 channels of the classifier
+        # TuNAS's endpoints: after blocks 5 and 7, before the 1280 channels of the
+        # classifier
         ("proxylessnas_mobile", 96, 320),
         ("mobilenet_v3_large", 112, 160),
         ("mobilenet_v3_small", 48, 96),
@@ -42,7 +43,7 @@ def test_taps_are_the_last_blocks_of_strides_16_and_32(name: str, fine: int, coa
 
 def test_the_backbone_is_the_network_without_its_classifier() -> None:
     whole = published("mobilenet_v3_large", resolution=320)
-    # 1 x 1, pooled head, classifier
+    # without the 1 x 1 convolution, the pooled head and the classifier
     assert with_detector(published("mobilenet_v3_large"), 3).blocks == whole.blocks[:-3]
     whole = published("mobilenet_v2", resolution=320)
     assert with_detector(whole, 3).blocks == whole.blocks[:-2]
@@ -77,7 +78,7 @@ def test_samples_of_a_space_for_small_images_are_tapped_at_their_own_strides() -
     assert [op.out_ch for op in arch.detector.heads] == [12] * 4
 
 
-def test_one_resolution_is_too_few() -> None:
+def test_a_network_with_one_resolution_is_refused() -> None:
     flat = Architecture(name="flat", blocks=(Conv(32, 3, 8, kernel=3), Classifier(32, 8, 10)))
     with pytest.raises(
         SpaceError,
@@ -86,7 +87,7 @@ def test_one_resolution_is_too_few() -> None:
         with_detector(flat, 2)
 
 
-def test_a_split_block_costs_and_counts_the_same() -> None:
+def test_splitting_a_block_keeps_its_macs_and_parameters() -> None:
     whole = Op.parse("mbconv-h20-i112-o80-m672-k5-s2-q168-hsig-hswish")
     expansion, rest = split_expansion(whole)
     assert (expansion.out_size, rest.out_size) == (20, whole.out_size)

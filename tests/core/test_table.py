@@ -1,4 +1,4 @@
-"""Tables: what they refuse, how calibration is fitted and judged, ranks."""
+"""Tables: refusals, fitting and evaluating calibrations, rank correlation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hwnas.errors import DocumentError
 FAST = settings(deadline=None, derandomize=True, max_examples=200)
 KEY = "conv-h32-i3-o8-k3-relu"
 BARE: list[tuple[Op, ...]] = [()] * 3
-"""Networks of which only the sums matter."""
+"""Networks without ops, where only the sums matter."""
 
 
 def table() -> LatencyTable:
@@ -36,18 +36,18 @@ def table() -> LatencyTable:
 
 
 def test_a_table_reads_back() -> None:
-    judged = held_out_errors(
+    held_out = held_out_errors(
         fit_calibration(BARE, [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]),
         BARE,
         [1.0, 2.0, 4.0],
         [1.5, 2.6, 4.4],
     )
-    calibration = Calibration(intercept_ms=0.5, slope=1, networks=3, held_out=judged)
-    for one in (
+    calibration = Calibration(intercept_ms=0.5, slope=1, networks=3, held_out=held_out)
+    for original in (
         table(),
         table().model_copy(update={"calibration": calibration, "slots": {"s0.b0": {"skip": -1.5}}}),
     ):
-        assert LatencyTable.parse(one.to_json()) == one
+        assert LatencyTable.parse(original.to_json()) == original
     assert table().title == "pixel/litert-int8-4t"
 
 
@@ -100,13 +100,17 @@ def test_an_exact_affine_relation_is_recovered(
     assume(np.ptp(sums) > 0.1 * np.mean(sums))
     measured = [intercept + slope * value for value in sums]
     assume(min(measured) > 0.1)
-    found = fit_calibration([()] * len(sums), sums, measured)
-    assert (found.slope, found.intercept_ms) == pytest.approx((slope, intercept), abs=1e-6)
-    assert found.networks == len(sums)
+    calibration = fit_calibration([()] * len(sums), sums, measured)
+    assert (calibration.slope, calibration.intercept_ms) == pytest.approx(
+        (slope, intercept), abs=1e-6
+    )
+    assert calibration.networks == len(sums)
 
 
 def test_the_fit_weighs_relative_errors() -> None:
-    """Judge: the minimum of the mean squared relative error, found by a general optimiser."""
+    """The reference is the minimum of the mean squared relative error, found by a
+    general optimiser.
+    """
     rng = np.random.default_rng(0)
     x = rng.uniform(1, 50, 20)
     y = (0.8 + 1.1 * x) * rng.uniform(0.9, 1.1, 20)
@@ -120,8 +124,8 @@ def test_the_fit_weighs_relative_errors() -> None:
         method="Nelder-Mead",
         options={"xatol": 1e-9, "fatol": 1e-14, "maxiter": 5000},
     ).x
-    found = fit_calibration([()] * len(x), list(x), list(y))
-    assert (found.intercept_ms, found.slope) == pytest.approx(tuple(best), abs=1e-4)
+    calibration = fit_calibration([()] * len(x), list(x), list(y))
+    assert (calibration.intercept_ms, calibration.slope) == pytest.approx(tuple(best), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -130,21 +134,21 @@ def test_the_fit_weighs_relative_errors() -> None:
         ([2.0], [3.0]),  # one network
         ([2.0, 4.0], [3.0, 6.0]),  # two
         ([4.0, 4.0, 4.0], [6.0, 6.1, 5.9]),  # no spread to fit a slope on
-        ([4.0, 4.05, 4.1], [6.0, 6.075, 6.15]),  # next to none
+        ([4.0, 4.05, 4.1], [6.0, 6.075, 6.15]),  # hardly any spread
         ([1.0, 2.0, 3.0], [4.5, 3.0, 1.5]),  # falling: noise, not a calibration
     ],
 )
-def test_where_a_line_cannot_be_fitted_the_slope_alone_is(
+def test_only_the_slope_is_fitted_where_a_line_cannot_be(
     sums: list[float], measured: list[float]
 ) -> None:
-    found = fit_calibration([()] * len(sums), sums, measured)
-    assert found.intercept_ms == 0.0
-    assert found.slope == pytest.approx(1.5)
+    calibration = fit_calibration([()] * len(sums), sums, measured)
+    assert calibration.intercept_ms == 0.0
+    assert calibration.slope == pytest.approx(1.5)
 
 
 def random_networks(rng: np.random.Generator, count: int) -> list[tuple[Op, ...]]:
-    """Chains of blocks with few weights on large images and many on small ones, in all
-    proportions.
+    """Chains of blocks in all proportions, with few weights on large images and many on
+    small ones.
     """
     return [
         tuple(
@@ -164,43 +168,43 @@ def mvalues(op: Op) -> float:
 
 
 @pytest.mark.parametrize("form", ["weights", "capped"])
-def test_cold_memory_is_priced_in_the_form_that_the_networks_speak_for(form: str) -> None:
+def test_cold_memory_costs_take_the_form_that_fits_the_networks(form: str) -> None:
     rng = np.random.default_rng(0)
     networks, sums = random_networks(rng, 16), rng.uniform(1, 50, 16)
-    price = (
+    cold_ms = (
         (lambda op: 0.12 * op.params / 1e6)
         if form == "weights"
         else (lambda op: 0.3 * min(mvalues(op), 0.25))
     )
-    cold = np.array([sum(map(price, ops)) for ops in networks])
+    cold = np.array([sum(map(cold_ms, ops)) for ops in networks])
     measured = 0.3 + 1.04 * sums + cold
-    found = fit_calibration(networks[:12], list(sums[:12]), list(measured[:12]))
-    assert (found.intercept_ms, found.slope) == pytest.approx((0.3, 1.04), abs=1e-9)
-    wanted = (0.12, 0.0, None) if form == "weights" else (0.0, 0.3, 0.25)
+    calibration = fit_calibration(networks[:12], list(sums[:12]), list(measured[:12]))
+    assert (calibration.intercept_ms, calibration.slope) == pytest.approx((0.3, 1.04), abs=1e-9)
+    expected = (0.12, 0.0, None) if form == "weights" else (0.0, 0.3, 0.25)
     assert (
-        found.cache_miss_ms_per_mparam,
-        found.cache_miss_ms_per_mvalue,
-        found.cache_mvalues,
-    ) == pytest.approx(wanted, abs=1e-9)
+        calibration.cache_miss_ms_per_mparam,
+        calibration.cache_miss_ms_per_mvalue,
+        calibration.cache_mvalues,
+    ) == pytest.approx(expected, abs=1e-9)
     assert held_out_errors(
-        found, networks[12:], list(sums[12:]), list(measured[12:])
+        calibration, networks[12:], list(sums[12:]), list(measured[12:])
     ).max_error == pytest.approx(0, abs=1e-9)
-    assert found.op_ms(2.0, networks[0][0]) == pytest.approx(2.08 + price(networks[0][0]))
+    assert calibration.op_ms(2.0, networks[0][0]) == pytest.approx(2.08 + cold_ms(networks[0][0]))
 
 
-def test_cold_memory_is_not_priced_from_too_few_networks_or_below_zero() -> None:
+def test_cold_memory_has_no_cost_with_too_few_networks_or_below_zero() -> None:
     rng = np.random.default_rng(0)
     networks, sums = random_networks(rng, 12), rng.uniform(1, 50, 12)
     cold = np.array([sum(op.params for op in ops) / 1e6 for ops in networks])
     few = fit_calibration(networks[:7], list(sums[:7]), list((0.3 + 1.04 * sums + 0.12 * cold)[:7]))
     below = fit_calibration(networks, list(sums), list(0.3 + 1.04 * sums - 0.05 * cold))
-    for found in (few, below):
-        assert found.cache_miss_ms_per_mparam == 0
+    for calibration in (few, below):
+        assert calibration.cache_miss_ms_per_mparam == 0
     assert few.cache_miss_ms_per_mvalue == 0
 
 
-def test_the_error_of_leaving_a_network_out_is_that_of_the_fit_to_the_others() -> None:
-    """Judge: refitting without each network in turn."""
+def test_the_leave_one_out_error_is_that_of_fits_to_the_other_networks() -> None:
+    """The reference refits without each network in turn."""
     rng = np.random.default_rng(1)
     networks, x = random_networks(rng, 10), rng.uniform(1, 50, 10)
     cold = np.array([sum(op.params for op in ops) / 1e6 for ops in networks])
@@ -211,21 +215,21 @@ def test_the_error_of_leaving_a_network_out_is_that_of_the_fit_to_the_others() -
         others = np.arange(10) != i
         fit = np.linalg.lstsq(design[others], np.ones(9), rcond=None)[0]
         errors.append(abs(design[i] @ fit - 1))
-    found = calibration_module._fit_shape(shape, networks, x, y)
-    assert found is not None and found[0] == pytest.approx(np.mean(errors))
+    fitted = calibration_module._fit_shape(shape, networks, x, y)
+    assert fitted is not None and fitted[0] == pytest.approx(np.mean(errors))
 
 
-def test_the_judges_numbers_by_hand() -> None:
+def test_held_out_errors_by_hand() -> None:
     calibration = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
-    found = held_out_errors(
+    errors = held_out_errors(
         calibration, BARE, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0]
     )  # predicted 3, 5, 9
-    assert found.networks == 3
-    assert found.pairs == ((3.0, 3.0), (5.0, 4.0), (9.0, 10.0))
-    assert found.mape == pytest.approx((0 + 0.25 + 0.1) / 3)
-    assert found.max_error == pytest.approx(0.25)
-    assert found.raw_mape == pytest.approx((2 / 3 + 0.5 + 0.6) / 3)
-    assert found.spearman == pytest.approx(1.0)
+    assert errors.networks == 3
+    assert errors.pairs == ((3.0, 3.0), (5.0, 4.0), (9.0, 10.0))
+    assert errors.mape == pytest.approx((0 + 0.25 + 0.1) / 3)
+    assert errors.max_error == pytest.approx(0.25)
+    assert errors.raw_mape == pytest.approx((2 / 3 + 0.5 + 0.6) / 3)
+    assert errors.spearman == pytest.approx(1.0)
     assert held_out_errors(
         calibration, BARE, [1.0, 4.0, 2.0], [3.0, 4.0, 10.0]
     ).spearman == pytest.approx(0.5)

@@ -44,8 +44,8 @@ def write_coco(
     part: str = "train",
     **keys: Any,
 ) -> Path:
-    """Images (id = position + 5, saved without loss) with objects (position, category 3
-    or 8, box) in COCO's layout.
+    """Write images (id = position + 5, with little or no loss) and objects (position of
+    the image, category 3 or 8, box) in COCO's layout.
     """
     (folder / part).mkdir(parents=True, exist_ok=True)
     rows = []
@@ -97,8 +97,8 @@ RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
 
 def write_scenes(folder: Path) -> None:
-    """A wide image with a red cat and a green dog, a high one with a dog, one without
-    objects. With crowds.
+    """Write a wide image with a red cat, a green dog and a crowd, a tall one with a
+    dog, and one without objects.
     """
     cat, dog = [10, 20, 40, 30], [120, 60, 50, 30]
     images = {

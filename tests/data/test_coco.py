@@ -1,5 +1,5 @@
-"""COCO data: boxes stay on their objects through every augmentation, and come back to
-the images as they are stored.
+"""COCO data: boxes stay on their objects through every augmentation, and map back to
+the stored images.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-# the real data
+# real data
 
 
 @pytest.fixture(scope="session")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a shared data set, unpacked once."""
+    """A function that unpacks a shared data set, once, and returns its folder."""
     source = os.environ.get("HWNAS_TEST_DATA")
     if not source:
         pytest.skip(
@@ -63,8 +63,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def perfect_results(images: CocoImages) -> list[dict[str, Any]]:
-    """What a network finds that makes no mistakes: the targets of the batches, mapped
-    back to the images as they are stored.
+    """The results of a network that makes no mistakes: the targets of the batches,
+    mapped back to the stored images.
     """
     rows, order = [], iter(evaluation_order(images))
     for _, y in evaluation_batches(images, 16):
@@ -103,11 +103,11 @@ def test_raccoons(unpacked: Callable[[str], Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["all", "test"])
-def test_coco_itself(unpacked: Callable[[str], Path], split: str) -> None:
-    """80 classes of ids 1 to 90, crowds, images without objects: nothing is lost on the
-    way to the network's input and back.
+def test_coco128(unpacked: Callable[[str], Path], split: str) -> None:
+    """80 classes with ids 1 to 90, crowds, images without objects: nothing is lost on
+    the way to the network's input and back.
     """
-    # at 320, three boxes are below a pixel
+    # at 320, three boxes would be smaller than a pixel
     images = load(coco_config(unpacked("coco128"), classes=80, resolution=640), split)
     assert (len(images), len(images.names), images.category_ids[-1], images.names[79]) == (
         128,
@@ -124,11 +124,9 @@ def test_coco_itself(unpacked: Callable[[str], Path], split: str) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_on_a_border_nothing_is_lost_either(
-    unpacked: Callable[[str], Path], interpolation: str
-) -> None:
-    """Photographs of every shape, at 320 x 320 on a border, and their boxes back in the
-    photographs' pixels.
+def test_padding_loses_nothing_either(unpacked: Callable[[str], Path], interpolation: str) -> None:
+    """Photographs of every shape, padded to 320 x 320, and their boxes mapped back to
+    the photographs' pixels.
     """
     config = coco_config(
         unpacked("raccoon"), classes=1, resolution=320, resize="pad", interpolation=interpolation
@@ -140,9 +138,9 @@ def test_on_a_border_nothing_is_lost_either(
 
 
 @pytest.mark.slow
-def test_the_ground_truth_is_the_files(unpacked: Callable[[str], Path]) -> None:
-    """Evaluated on ours or on the annotation file itself, imperfect detections get the
-    same numbers to the last digit.
+def test_the_ground_truth_is_that_of_the_file(unpacked: Callable[[str], Path]) -> None:
+    """Imperfect detections get the same metrics, to the last digit, against ours and
+    against the annotation file itself.
     """
     folder = unpacked("coco128")
     images = load(coco_config(folder, classes=80, resolution=320))
@@ -162,22 +160,22 @@ def test_the_ground_truth_is_the_files(unpacked: Callable[[str], Path]) -> None:
 def test_batches_are_functions_of_seed_and_step(
     unpacked: Callable[[str], Path], augment: str
 ) -> None:
-    """Whatever the loader processes and the step it starts from; and the global
-    generator stays as it was.
+    """Whatever the number of loader processes and the first step; and the global
+    generator is left as it was.
     """
     images = load(
         coco_config(unpacked("raccoon"), classes=1, augment=augment), "train", augment=True
     )
     torch.manual_seed(1)
-    straight = list(training_batches(images, 8, seed=0, steps=range(0, 4)))
+    uninterrupted = list(training_batches(images, 8, seed=0, steps=range(0, 4)))
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)
     for workers in (0, 2):
         resumed = list(training_batches(images, 8, seed=0, steps=range(2, 4), workers=workers))
-        assert all(same(a, b) for a, b in zip(straight[2:], resumed, strict=True))
+        assert all(same(a, b) for a, b in zip(uninterrupted[2:], resumed, strict=True))
     requests = [(index, 7) for index in range(8)]
-    # whatever else is in the batch
+    # an image does not depend on what else is in its batch
     alone = [images.__getitems__([request]) for request in requests]
     assert torch.equal(images.__getitems__(requests)[0], torch.cat([x for x, _ in alone]))
     assert same(
@@ -186,7 +184,7 @@ def test_batches_are_functions_of_seed_and_step(
 
 
 def test_a_portion_of_images(scenes: Path) -> None:
-    """Knows its own objects, of which images have any number."""
+    """It knows its own objects, of which an image may have any number."""
     images = load(coco_config(scenes))
     for portion, count in ((0.3, 1), (0.7, 2), (1, 3)):
         part = Portion(images, portion)
@@ -208,8 +206,8 @@ def scenes(tmp_path: Path) -> Path:
 
 
 def test_targets_are_in_pixels_of_the_input(scenes: Path) -> None:
-    """Both axes by their own factor, classes in the order of the ids, padding of class
-    -1, no crowd, an image without objects.
+    """Each axis has its own factor, classes follow the order of the ids, padding has
+    class -1, crowds are left out, and an image may have no objects.
     """
     images = load(coco_config(scenes))
     x, y = images.__getitems__([(0, 0), (1, 0), (2, 0)])
@@ -239,7 +237,7 @@ def test_targets_are_in_pixels_of_the_input(scenes: Path) -> None:
 def test_input_is_normalised(scenes: Path) -> None:
     config = coco_config(scenes, mean=(0.5, 0.25, 0.125), std=(0.5, 0.25, 0.125))
     (plain, _), (x, _) = (
-        load(each).__getitems__([(0, 0), (1, 0)]) for each in (coco_config(scenes), config)
+        load(settings).__getitems__([(0, 0), (1, 0)]) for settings in (coco_config(scenes), config)
     )
     channels = torch.tensor(config.mean).view(3, 1, 1)
     assert torch.allclose(x, (plain - channels) / channels, atol=1e-6)
@@ -250,7 +248,7 @@ def test_input_is_normalised(scenes: Path) -> None:
 
 
 def test_results_are_in_pixels_of_the_image(scenes: Path) -> None:
-    """And the ground truth is the file's: crowds too, for the images asked for."""
+    """So is the ground truth: the file's, crowds too, for the requested images."""
     images = load(coco_config(scenes))
     rows = images.results(
         0,
@@ -267,7 +265,7 @@ def test_results_are_in_pixels_of_the_image(scenes: Path) -> None:
         pytest.approx([10, 20, 40, 30]),
     ]
     assert images.results(2, np.zeros((0, 4)), np.zeros(0), np.zeros(0, int)) == []
-    json.dumps(rows)  # plain numbers
+    json.dumps(rows)  # fails unless the numbers are plain
     truth = images.ground_truth([2, 1])
     assert [row["id"] for row in truth["images"]] == [7, 6]
     assert [
@@ -289,8 +287,8 @@ def test_results_are_in_pixels_of_the_image(scenes: Path) -> None:
 
 
 def test_splits(scenes: Path) -> None:
-    """Held-out images are the same always, the rest are trained on; the test images are
-    those of val, by either name.
+    """Held-out images are always the same, and the rest are trained on; the test images
+    are those of val, under either name.
     """
     path = write_coco(
         scenes, {f"{number}.png": scene(20, 20) for number in range(10)}, [(0, 3, [1, 1, 9, 9])]
@@ -301,11 +299,11 @@ def test_splits(scenes: Path) -> None:
     assert not parts["train"] & parts["held_out"]
     assert len(parts["held_out"]) == 2
     content = json.loads(path.read_text())
-    # written in another order: the same images
+    # the same images are held out if the file lists them in another order
     write_json(scenes, {**content, "images": content["images"][::-1]})
     assert set(load(config, "held_out").ids.tolist()) == parts["held_out"]
-    held_out = [split for split in ("train", "held_out") if 5 not in parts[split]]
-    x, y = load(config, held_out[0]).__getitems__([(0, 0)])  # no object in the whole part
+    [empty] = [split for split in ("train", "held_out") if 5 not in parts[split]]
+    x, y = load(config, empty).__getitems__([(0, 0)])  # no objects in this part
     assert (len(x), y.shape) == (1, (1, 0, 5))
     for part in ("val", "val2017"):
         write_coco(scenes, {f"{part}.png": scene(20, 20)}, [(0, 3, [1, 1, 9, 9])], part)
@@ -315,8 +313,8 @@ def test_splits(scenes: Path) -> None:
 # augmentation
 
 
-def drawn(x_CHW: torch.Tensor, seen: torch.Tensor) -> tuple[float, float, float, float]:
-    """Where the object is that the pixels ``seen`` belong to: x1, y1, x2, y2."""
+def bounding_box(x_CHW: torch.Tensor, seen: torch.Tensor) -> tuple[float, float, float, float]:
+    """The bounding box of the pixels ``seen``: x1, y1, x2, y2."""
     rows, columns = torch.nonzero(seen, as_tuple=True)
     return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
 
@@ -325,8 +323,8 @@ def drawn(x_CHW: torch.Tensor, seen: torch.Tensor) -> tuple[float, float, float,
 @pytest.mark.parametrize("resize", ["squash", "pad"])
 @pytest.mark.parametrize("augment", ["ssdlite", "ssd"])
 def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str, resize: str) -> None:
-    """A white object on black is where its box is, after any crop, zoom, flip and
-    resizing; and the classes go along.
+    """A white object on black is where its box is after any crop, zoom, flip and
+    resize, and keeps its class.
     """
     write_coco(
         tmp_path, {"a.png": scene(120, 90, (WHITE, [20, 30, 40, 24]))}, [(0, 8, [20, 30, 40, 24])]
@@ -341,17 +339,17 @@ def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str, resize: str) 
         assert label == 1
         bright = x.sum(0)
         middle = bright[int(box[1] + box[3]) // 2, int(box[0] + box[2]) // 2]
-        assert drawn(x, bright > middle / 2) == pytest.approx(box, abs=1.5)
+        assert bounding_box(x, bright > middle / 2) == pytest.approx(box, abs=1.5)
         sides.append(box[2] - box[0])
-    assert max(sides) > 30  # 16 without a crop
-    assert (min(sides) < 6) == (augment == "ssd")  # zoomed out
-    # distorted colours
+    assert max(sides) > 30  # it would be 16 without a crop
+    assert (min(sides) < 6) == (augment == "ssd")  # only "ssd" zooms out
+    # only "ssd" distorts colours
     assert len({round(float(x.max()), 2) for x in x_NCHW}) > 10 or augment == "ssdlite"
 
 
-def test_every_image_is_augmented_by_itself(tmp_path: Path) -> None:
-    """Draws depend on the step and on the image: two images that are the same differ in
-    one batch.
+def test_every_image_is_augmented_independently(tmp_path: Path) -> None:
+    """Draws depend on the step and on the image: two equal images in one batch come out
+    different.
     """
     box = [20, 30, 40, 24]
     write_coco(
@@ -369,8 +367,8 @@ def test_every_image_is_augmented_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_flips_and_crops_are_drawn(scenes: Path) -> None:
-    """Every second image is flipped; a crop may cut an object off, whose box is then
-    gone, and the other's class stays with it.
+    """Half of the images are flipped; a crop may cut an object off, whose box is then
+    gone, while the other one keeps its class.
     """
     images = load(coco_config(scenes, augment="ssdlite"), augment=True)
     x_NCHW, y = images.__getitems__([(0, draw) for draw in range(150)])
@@ -379,7 +377,7 @@ def test_flips_and_crops_are_drawn(scenes: Path) -> None:
         boxes = {int(row[4]): row[:4].tolist() for row in targets if row[4] >= 0}
         assert boxes
         for label, box in boxes.items():
-            assert drawn(x, x[label] > 0.5) == pytest.approx(box, abs=1.5)
+            assert bounding_box(x, x[label] > 0.5) == pytest.approx(box, abs=1.5)
         alone += len(boxes) == 1
         flipped += len(boxes) == 2 and boxes[0][0] > boxes[1][0]
     both = 150 - alone
@@ -387,7 +385,7 @@ def test_flips_and_crops_are_drawn(scenes: Path) -> None:
     assert 0.35 * both < flipped < 0.65 * both
 
 
-def test_zooming_out_shows_the_mean(tmp_path: Path) -> None:
+def test_zooming_out_fills_with_the_mean(tmp_path: Path) -> None:
     write_coco(
         tmp_path, {"a.png": scene(40, 40, (WHITE, [0, 0, 40, 40]))}, [(0, 3, [0, 0, 40, 40])]
     )
@@ -399,7 +397,7 @@ def test_zooming_out_shows_the_mean(tmp_path: Path) -> None:
 
 
 def test_large_photographs_are_shrunk_for_training(tmp_path: Path) -> None:
-    """Boxes follow; evaluation has every pixel."""
+    """Their boxes shrink too; evaluation keeps every pixel."""
     write_coco(
         tmp_path,
         {"a.jpg": scene(1600, 1200, (WHITE, [400, 300, 500, 200]))},
@@ -411,7 +409,7 @@ def test_large_photographs_are_shrunk_for_training(tmp_path: Path) -> None:
     assert (train._decoded(0).size, plain._decoded(0).size) == ((256, 192), (1600, 1200))
     x_NCHW, y = train.__getitems__([(0, draw) for draw in range(50)])
     for x, (target,) in zip(x_NCHW, y, strict=True):
-        assert drawn(x, x[0] > 0.5) == pytest.approx(target[:4].tolist(), abs=2)
+        assert bounding_box(x, x[0] > 0.5) == pytest.approx(target[:4].tolist(), abs=2)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +420,9 @@ def test_large_photographs_are_shrunk_for_training(tmp_path: Path) -> None:
     ],
 )
 def test_tiny_and_empty_images_are_augmented(tmp_path: Path, objects: list[Any]) -> None:
-    """torchvision's crop divides by zero on the one, and hardly ever ends on the other."""
+    """torchvision's crop divides by zero on the former, and hardly ever ends on the
+    latter.
+    """
     write_coco(tmp_path, {"tiny.png": scene(3, 2), "b.png": scene(40, 40)}, objects)
     for augment in ("ssd", "ssdlite"):
         images = load(coco_config(tmp_path, augment=augment), augment=True)
@@ -431,7 +431,7 @@ def test_tiny_and_empty_images_are_augmented(tmp_path: Path, objects: list[Any])
         assert y.shape[1] == len(objects) - 1
 
 
-def test_boxes_below_a_pixel_are_left_out(tmp_path: Path) -> None:
+def test_boxes_smaller_than_a_pixel_are_left_out(tmp_path: Path) -> None:
     path = write_coco(
         tmp_path, {"a.png": scene(640, 640)}, [(0, 3, [10, 10, 9, 50]), (0, 8, [10, 10, 11, 50])]
     )
@@ -446,13 +446,13 @@ def test_boxes_below_a_pixel_are_left_out(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_image_decodes_as_in_torchvision(tmp_path: Path) -> None:
-    """Grey, CMYK, palette and transparency become RGB; EXIF orientation is not applied."""
+    """Grey, CMYK, palette and alpha become RGB; EXIF orientation is not applied."""
     rng = np.random.default_rng(0)
     colours = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
         (64, 64), Image.Resampling.BICUBIC
     )
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = 6  # the tag Orientation: turned by 90 degrees
     pictures = {
         "rgb.jpg": colours,
         "grey.jpg": colours.convert("L"),
@@ -463,16 +463,18 @@ def test_every_kind_of_image_decodes_as_in_torchvision(tmp_path: Path) -> None:
     write_coco(tmp_path, pictures, [(0, 3, [1, 1, 9, 9])])
     colours.save(tmp_path / "train" / "turned.jpg", exif=exif, quality=95, subsampling=0)
     x, _ = load(coco_config(tmp_path)).__getitems__([(index, 0) for index in range(len(pictures))])
-    for found, name in zip((x * 255).round(), pictures, strict=True):
+    for decoded, name in zip((x * 255).round(), pictures, strict=True):
         path = str(tmp_path / "train" / name)
-        assert torch.equal(found, torch.from_numpy(np.array(pil_loader(path))).permute(2, 0, 1))
+        assert torch.equal(decoded, torch.from_numpy(np.array(pil_loader(path))).permute(2, 0, 1))
     assert torch.equal(x[0], x[3])
     assert x[1].std(0).max() == 0
-    assert (x[2] - x[0]).abs().mean() < 0.02  # neither inverted nor of other colours
+    assert (x[2] - x[0]).abs().mean() < 0.02  # neither inverted nor recoloured
 
 
 def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
-    """Its boxes would be elsewhere: the usual cause is a photograph that was annotated turned."""
+    """Its boxes would be misplaced: usually, the photograph was annotated after it had
+    been turned.
+    """
     path = write_coco(tmp_path, {"a.png": scene(40, 20)}, [(0, 3, [1, 1, 9, 9])])
     content = json.loads(path.read_text())
     content["images"][0] |= {"width": 20, "height": 40}

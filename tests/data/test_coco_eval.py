@@ -1,6 +1,4 @@
-"""The COCO evaluation against published numbers, by hand, and where there is nothing to
-evaluate.
-"""
+"""The COCO evaluation: published numbers, cases by hand, and nothing to evaluate."""
 
 # ruff: noqa: SIM300 - COCO writes AP in capitals, which ruff takes for a constant
 
@@ -43,16 +41,16 @@ def read(path: Path) -> Any:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_published_numbers(fixtures: Path, name: str) -> None:
-    """All 12 and every category's. A: COCO's own demo, with crowds; B: another
-    project's numbers; C: no small objects at all.
+    """All 12 metrics and every category's AP. A: COCO's own demo, with crowds; B:
+    another project's numbers; C: no small objects at all.
     """
     expected = json.loads((fixtures / "expected.json").read_text())
     ground_truth, results = (read(fixtures / file) for file in FIXTURES[name])
     metrics = evaluate(ground_truth, results)
-    found = {
+    stats = {
         key: -1.0 if getattr(metrics, key) is None else getattr(metrics, key) for key in NUMBERS
     }
-    assert found == pytest.approx(expected[name]["stats"], abs=1e-12)
+    assert stats == pytest.approx(expected[name]["stats"], abs=1e-12)
     names = {str(category["id"]): category["name"] for category in ground_truth["categories"]}
     by_name = {
         names[key]: None if value == -1 else pytest.approx(value, abs=1e-8)
@@ -60,7 +58,7 @@ def test_published_numbers(fixtures: Path, name: str) -> None:
     }
     assert metrics.AP_per_class == by_name
     if name.startswith("B"):
-        assert found == pytest.approx(expected["B_published_by_source"], abs=1e-6)
+        assert stats == pytest.approx(expected["B_published_by_source"], abs=1e-6)
 
 
 def test_pycocotools_stays_silent_and_changes_nothing(
@@ -83,7 +81,7 @@ def truth(
     classes: tuple[str, ...] = ("cat", "dog"),
     **keys: Any,
 ) -> dict[str, Any]:
-    """Objects are (image, category, box)."""
+    """Ground truth; objects are (image, category, box)."""
     return {
         "images": [
             {"id": number, "width": 100, "height": 100, "file_name": f"{number}.jpg"}
@@ -105,8 +103,8 @@ def truth(
     }
 
 
-def found(*detections: tuple[int, int, list[float], float]) -> Rows:
-    """Detections are (image, category, box, score)."""
+def detected(*detections: tuple[int, int, list[float], float]) -> Rows:
+    """Results; detections are (image, category, box, score)."""
     return [
         {"image_id": image, "category_id": category, "bbox": box, "score": score}
         for image, category, box, score in detections
@@ -118,20 +116,21 @@ SHIFTED = [20.0, 20.0, 50.0, 50.0]  # IoU 2000 / 3000 with BOX
 
 
 def test_one_object_by_hand() -> None:
-    """An id of 0, which pycocotools itself would count as never found."""
-    metrics = evaluate(truth((0, 0, BOX)), found((0, 0, BOX, 0.9)))
+    """Its id is 0, which pycocotools itself would count as never found."""
+    metrics = evaluate(truth((0, 0, BOX)), detected((0, 0, BOX, 0.9)))
     assert (metrics.AP, metrics.AP50, metrics.AR1, metrics.APm) == pytest.approx((1, 1, 1, 1))
     assert (metrics.APs, metrics.APl) == (None, None)
     assert metrics.AP_per_class == {"cat": pytest.approx(1), "dog": None}
-    metrics = evaluate(truth((0, 0, BOX)), found((0, 0, SHIFTED, 0.9)))
+    metrics = evaluate(truth((0, 0, BOX)), detected((0, 0, SHIFTED, 0.9)))
     # .50, .55, .60, .65 of 10 thresholds
     assert (metrics.AP, metrics.AP50, metrics.AP75) == (pytest.approx(0.4), pytest.approx(1), 0)
-    assert evaluate(truth((0, 0, BOX)), found((0, 1, BOX, 0.9))).AP == 0  # of another class
-    assert evaluate(truth((0, 0, BOX)), found((1, 0, BOX, 0.9))).AP == 0  # in another image
+    # of another class, and in another image
+    assert evaluate(truth((0, 0, BOX)), detected((0, 1, BOX, 0.9))).AP == 0
+    assert evaluate(truth((0, 0, BOX)), detected((1, 0, BOX, 0.9))).AP == 0
 
 
 def test_objects_are_told_apart_whatever_their_ids() -> None:
-    """Ids that are missing, or the same: each object still counts once."""
+    """Their ids are missing or equal: each object still counts once."""
     two = truth((0, 0, BOX), (1, 0, BOX))
     for change in ({"id": 7}, {}):
         annotations = [
@@ -139,7 +138,7 @@ def test_objects_are_told_apart_whatever_their_ids() -> None:
             | change
             for row in two["annotations"]
         ]
-        metrics = evaluate({**two, "annotations": annotations}, found((0, 0, BOX, 0.9)))
+        metrics = evaluate({**two, "annotations": annotations}, detected((0, 0, BOX, 0.9)))
         assert (metrics.AR100, metrics.AP50, metrics.APm) == (
             0.5,
             pytest.approx(51 / 101),
@@ -152,34 +151,38 @@ def test_images_without_objects_count() -> None:
     confident one, after all are found, costs nothing.
     """
     assert evaluate(
-        truth((0, 0, BOX)), found((0, 0, BOX, 0.5), (1, 0, BOX, 0.9))
+        truth((0, 0, BOX)), detected((0, 0, BOX, 0.5), (1, 0, BOX, 0.9))
     ).AP == pytest.approx(0.5)
     assert evaluate(
-        truth((0, 0, BOX)), found((0, 0, BOX, 0.5), (1, 0, BOX, 0.1))
+        truth((0, 0, BOX)), detected((0, 0, BOX, 0.5), (1, 0, BOX, 0.1))
     ).AP == pytest.approx(1)
-    assert evaluate(truth((0, 0, BOX), images=50), found((0, 0, BOX, 0.5))).AP == pytest.approx(1)
+    assert evaluate(truth((0, 0, BOX), images=50), detected((0, 0, BOX, 0.5))).AP == pytest.approx(
+        1
+    )
 
 
 def test_crowds_count_neither_for_nor_against() -> None:
     ground_truth = truth((0, 0, BOX), (0, 0, [60.0, 60.0, 40.0, 40.0]))
     ground_truth["annotations"][1]["iscrowd"] = 1
     inside = [(0, 0, [60.0 + step, 60.0, 10.0, 10.0], 0.9) for step in (0, 10, 20)]
-    assert evaluate(ground_truth, found(*inside, (0, 0, BOX, 0.5))).AP == pytest.approx(1)
-    assert evaluate(ground_truth, found((0, 0, BOX, 0.5))).AR100 == 1  # nobody has to find them
+    assert evaluate(ground_truth, detected(*inside, (0, 0, BOX, 0.5))).AP == pytest.approx(1)
+    assert (
+        evaluate(ground_truth, detected((0, 0, BOX, 0.5))).AR100 == 1
+    )  # crowds need not be detected
     ground_truth["annotations"][1]["iscrowd"] = 0
-    assert evaluate(ground_truth, found(*inside, (0, 0, BOX, 0.5))).AP < 0.2
+    assert evaluate(ground_truth, detected(*inside, (0, 0, BOX, 0.5))).AP < 0.2
 
 
 def test_one_class() -> None:
     metrics = evaluate(
         truth((0, 0, BOX), (1, 0, BOX), classes=("raccoon",)),
-        found((0, 0, BOX, 0.9), (1, 0, SHIFTED, 0.8)),
+        detected((0, 0, BOX, 0.9), (1, 0, SHIFTED, 0.8)),
     )
     assert metrics.AP_per_class == {"raccoon": metrics.AP}
     assert metrics.AP == pytest.approx((4 * 1 + 6 * 51 / 101) / 10)
 
 
-def test_no_detections_are_worth_nothing() -> None:
+def test_no_detections_score_zero() -> None:
     metrics = evaluate(truth((0, 0, BOX)), [])
     assert [getattr(metrics, name) for name in NUMBERS] == [
         0,
@@ -201,20 +204,20 @@ def test_no_detections_are_worth_nothing() -> None:
 def test_nothing_to_find_is_refused() -> None:
     for ground_truth in (truth(), truth((0, 0, BOX), (1, 1, BOX), iscrowd=1)):
         with pytest.raises(DataError, match="2 images have no object to find") as caught:
-            evaluate(ground_truth, found((0, 0, BOX, 0.9)))
+            evaluate(ground_truth, detected((0, 0, BOX, 0.9)))
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 def test_numbers_that_are_not_finite_match_nothing(odd: float) -> None:
-    """To pycocotools a box of NaN matches everything: a broken file would look perfect."""
+    """To pycocotools, a NaN box matches all: a broken file would look perfect."""
     for row in ((0, 0, [odd, 20.0, 50.0, 50.0], 0.9), (0, 0, [odd] * 4, 0.9), (0, 0, BOX, odd)):
-        assert evaluate(truth((0, 0, BOX)), found(row)).AP == 0
-        assert evaluate(truth((0, 0, BOX)), found(row, (0, 0, BOX, 0.1))).AP == pytest.approx(1)
+        assert evaluate(truth((0, 0, BOX)), detected(row)).AP == 0
+        assert evaluate(truth((0, 0, BOX)), detected(row, (0, 0, BOX, 0.1))).AP == pytest.approx(1)
 
 
-def test_metrics_are_a_frozen_part() -> None:
-    metrics = evaluate(truth((0, 0, BOX)), found((0, 0, SHIFTED, 0.9)))
+def test_metrics_are_frozen_and_survive_json() -> None:
+    metrics = evaluate(truth((0, 0, BOX)), detected((0, 0, SHIFTED, 0.9)))
     assert CocoMetrics.model_validate_json(metrics.model_dump_json(), strict=True) == metrics
     assert {*CocoMetrics.model_fields} == {*NUMBERS, "AP_per_class"}
     with pytest.raises(ValidationError):

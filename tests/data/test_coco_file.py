@@ -1,4 +1,4 @@
-"""Every way in which a data set in COCO's layout can be wrong."""
+"""Every way that a data set in COCO's layout can be wrong."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ def refused(config: DataConfig, *words: str, split: str = "all") -> None:
 
 
 def change(*path: str | int, to: Any = None) -> Callable[[Any], None]:
-    """Set a key of the annotation file; None removes it."""
+    """A function that sets a key of the annotation file, or removes it if ``to`` is
+    None.
+    """
 
     def apply(content: Any) -> None:
-        *way, last = path
-        for step in way:
+        *parents, last = path
+        for step in parents:
             content = content[step]
         if to is None:
             del content[last]
@@ -113,7 +115,7 @@ def test_annotation_files_that_are_wrong(
     refused(coco_config(scenes), str(path), *words)
 
 
-def test_annotation_files_that_are_none(scenes: Path) -> None:
+def test_annotation_files_that_are_missing_or_something_else(scenes: Path) -> None:
     path = scenes / "annotations" / "instances_train.json"
     whole = path.read_text()
     for text, word in (
@@ -142,9 +144,9 @@ def test_boxes_that_are_wrong_are_counted_in_one_warning(tmp_path: Path) -> None
         [-10.0, 5.0, 30.0, 20.0],  # clipped to 0, 5, 20, 20
         [90.0, 40.0, 50.0, 50.0],  # clipped to 90, 40, 10, 10
         [10.0, 10.0, 0.0, 20.0],  # no width
-        [200.0, 10.0, 20.0, 20.0],  # elsewhere
+        [200.0, 10.0, 20.0, 20.0],  # outside
         [100.0, 10.0, 20.0, 20.0],  # touches the edge from outside
-        [60.0, 20.0, 40.5, 20.0],  # rounded: stays as it is, and is clipped for training
+        [60.0, 20.0, 40.5, 20.0],  # over by rounding: kept, but clipped for training
     ]
     path = write_coco(tmp_path, {"a.png": scene(100, 50)}, [(0, 3, box) for box in boxes])
     with pytest.warns(UserWarning) as caught:
@@ -162,7 +164,7 @@ def test_boxes_that_are_wrong_are_counted_in_one_warning(tmp_path: Path) -> None
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(coco_config(tmp_path))  # the same file, which was read
+        load(coco_config(tmp_path))  # the same file, already read: no second warning
     write_coco(tmp_path, {"a.png": scene(100, 50)}, [(0, 3, [200, 10, 20, 20])])
     with pytest.warns(UserWarning):
         refused(coco_config(tmp_path), str(path), "no single object")
@@ -186,7 +188,9 @@ def test_area_and_crowd_may_be_left_out(scenes: Path) -> None:
 
 
 def test_validation_categories_must_be_the_training_categories(scenes: Path) -> None:
-    """Classes are positions in the list of ids: one id other in val would shift them in silence."""
+    """Classes are positions in the list of ids: another id in val would silently shift
+    them.
+    """
     images, objects = {"v.png": scene(20, 20)}, [(0, 3, [1.0, 1.0, 9.0, 9.0])]
     for categories in (
         [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}],
@@ -201,7 +205,7 @@ def test_validation_categories_must_be_the_training_categories(scenes: Path) -> 
             "same list",
             split="test",
         )
-    # nothing to compare with: evaluation alone
+    # without training annotations, there is nothing to compare with
     (scenes / "annotations" / "instances_train.json").unlink()
     assert load(coco_config(scenes), "test").names == ("cat", "wolf")
 
@@ -222,8 +226,8 @@ def test_configurations_of_the_other_task(tmp_path: Path, keys: dict[str, Any], 
 
 
 def test_other_annotations_are_other_data(scenes: Path) -> None:
-    """A stage that was done on others is stale, though names and sizes of all files are
-    the same.
+    """A stage that ran on the earlier ones is stale, although all files keep their
+    names and sizes.
     """
     path = scenes / "annotations" / "instances_train.json"
     before = fingerprint(coco_config(scenes))

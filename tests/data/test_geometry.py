@@ -1,5 +1,5 @@
-"""What is trained is what is evaluated: of every data set, with every augmentation and
-geometry that it allows.
+"""Training and evaluation see images in the same way: for every data set, with every
+augmentation and geometry that it allows.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def geometry(**changes: Any) -> Geometry:
     return Geometry.of(DataConfig(**{"name": "folder", "resolution": 224, **changes}))
 
 
-# by itself
+# the geometry by itself
 
 
 @pytest.mark.parametrize(
     ("changes", "size", "frame"),
     [
         ({}, (640, 480), (224, 224, 0, 0)),
-        ({"resize": "crop"}, (640, 480), (341, 256, -58, -16)),  # (224 - 341) / 2 = -58.5
+        # (224 - 341) / 2 is -58.5
+        ({"resize": "crop"}, (640, 480), (341, 256, -58, -16)),
         ({"resize": "crop"}, (375, 500), (256, 341, -16, -58)),
         ({"augment": "imagenet"}, (256, 256), (256, 256, -16, -16)),
         ({"resize": "crop", "crop_fraction": 1}, (640, 480), (298, 224, -37, 0)),
@@ -59,12 +60,12 @@ def test_where_an_image_lies(
 
 
 def test_the_defaults_are_those_of_the_augmentation() -> None:
-    found = {
-        augment: (each.mode, each.crop_fraction, each.interpolation)
+    defaults = {
+        augment: (default.mode, default.crop_fraction, default.interpolation)
         for augment in ("crop_flip", "none", "imagenet")
-        for each in [geometry(augment=augment)]
+        for default in [geometry(augment=augment)]
     }
-    assert found == {
+    assert defaults == {
         "crop_flip": ("squash", None, "bilinear"),
         "none": ("squash", None, "bilinear"),
         "imagenet": ("crop", 0.875, "bicubic"),
@@ -74,7 +75,7 @@ def test_the_defaults_are_those_of_the_augmentation() -> None:
 
 
 @pytest.mark.parametrize("size", [(640, 480), (301, 187), (113, 500), (256, 256), (40, 31)])
-def test_the_evaluation_of_imagenet_is_torchvisions(size: tuple[int, int]) -> None:
+def test_imagenet_evaluation_is_that_of_torchvision(size: tuple[int, int]) -> None:
     noise = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     )
@@ -87,16 +88,16 @@ def test_the_evaluation_of_imagenet_is_torchvisions(size: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_boxes_come_back(mode: Resize) -> None:
-    """By the frame and by hand: the corners of the photograph, and a box inside it."""
-    found = geometry(resize=mode)
-    width, height, left, top = found.frame(640, 480)
+def test_boxes_map_back_to_the_photograph(mode: Resize) -> None:
+    """The photograph's corners and a box inside it, from the frame and by hand."""
+    mapping = geometry(resize=mode)
+    width, height, left, top = mapping.frame(640, 480)
     corners = [left, top, left + width, top + height]
     inside = [left + width / 4, top + height / 2, left + width / 2, top + height]
-    boxes = found.to_photograph(np.array([corners, inside]), 640, 480)
+    boxes = mapping.to_photograph(np.array([corners, inside]), 640, 480)
     assert boxes.tolist() == [pytest.approx([0, 0, 640, 480]), pytest.approx([160, 240, 320, 480])]
-    assert found.to_photograph(np.zeros((0, 4)), 640, 480).shape == (0, 4)
-    outside = found.to_photograph(np.array([[-10.0, -10, 300, 300]]), 640, 480)
+    assert mapping.to_photograph(np.zeros((0, 4)), 640, 480).shape == (0, 4)
+    outside = mapping.to_photograph(np.array([[-10.0, -10, 300, 300]]), 640, 480)
     assert (outside.tolist() == [[0, 0, 640, 480]]) == (mode == "pad")
 
 
@@ -104,7 +105,7 @@ def test_boxes_come_back(mode: Resize) -> None:
 
 
 def corners(width: int, height: int) -> tuple[int, list[tuple[int, int]]]:
-    """The side of the blocks in a picture, and where they begin."""
+    """The side of the two blocks in a picture, and their upper left corners."""
     side = min(width, height) // 8
     return side, [(round(width * at - side / 2), round(height * at - side / 2)) for at in MARKS]
 
@@ -158,7 +159,8 @@ SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[int, int]]]
     "folder": (write_folder, ("none", "crop", "crop_flip", "imagenet"), (WIDE, HIGH)),
     "coco": (write_boxes, ("none", "ssdlite", "ssd"), (WIDE, HIGH)),
 }
-"""Who writes the pictures, what the data set allows, and the pictures' size."""
+"""The writer of the pictures, the augmentations that are allowed, the pictures' size.
+"""
 REFUSED = {
     ("coco", "none", "crop"),
     ("coco", "ssdlite", "crop"),
@@ -178,8 +180,10 @@ CASES = [
 def configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, str, Resize], DataConfig]:
-    """A data set of marked pictures, by name, augmentation and mode."""
-    # the md5 is that of the real pictures
+    """A function that writes a data set of marked pictures and returns its
+    configuration.
+    """
+    # torchvision would check for the md5 of the real pictures
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
 
     def config(name: str, augment: str, mode: Resize) -> DataConfig:
@@ -200,7 +204,7 @@ def configured(
 
 
 def places(x_CHW: torch.Tensor) -> np.ndarray:
-    """Centres (x, y) of what is red and of what is green, in pixels."""
+    """Centres (x, y) of the red and of the green block, in pixels."""
     bright = torch.stack([x_CHW[0] - x_CHW[2], x_CHW[1] - x_CHW[2]]).clamp(min=0).double().numpy()
     steps = np.arange(x_CHW.shape[-1]) + 0.5
     mass = bright.sum((1, 2))
@@ -209,8 +213,8 @@ def places(x_CHW: torch.Tensor) -> np.ndarray:
     )
 
 
-def expected(mode: Resize, width: int, height: int) -> np.ndarray:
-    """How far the blocks are apart in the network's input, in x and y, by the
+def expected_distance(mode: Resize, width: int, height: int) -> np.ndarray:
+    """How far apart the blocks are in the network's input, in x and y, by the
     definition of the mode.
     """
     factors = {
@@ -223,8 +227,8 @@ def expected(mode: Resize, width: int, height: int) -> np.ndarray:
 
 
 def drawn_batches(images: Images, draws: int, at_once: int = 100) -> Iterator[torch.Tensor]:
-    """One training image in draw after draw; a batch of arrays has one draw, by which
-    its images differ.
+    """One training image in many draws. Arrays are augmented with one draw per batch,
+    in which their images still differ.
     """
     for start in range(0, draws, at_once):
         yield images.__getitems__([(0, start + number) for number in range(at_once)])[0]
@@ -234,11 +238,11 @@ def drawn_batches(images: Images, draws: int, at_once: int = 100) -> Iterator[to
 def test_training_has_the_scale_of_evaluation(
     configured: Callable[[str, str, Resize], DataConfig], name: str, augment: str, mode: Resize
 ) -> None:
-    """Some draw augments nothing: then the training image is the evaluated one, bit for
-    bit, and its scale is that of the mode.
+    """Some draw augments nothing: its training image is the evaluated one, bit for bit,
+    and its scale is that of the mode.
 
-    A random area (``imagenet``) is hardly ever the whole image; but some draw comes
-    near to what is evaluated.
+    A random area (``imagenet``) is hardly ever the whole image, but some draw comes
+    close to what is evaluated.
     """
     config, (width, height) = configured(name, augment, mode), SETS[name][2]
     evaluated, held_out = (
@@ -246,8 +250,8 @@ def test_training_has_the_scale_of_evaluation(
     )
     assert torch.equal(evaluated, held_out)  # the pictures are all the same
     seen = places(evaluated)
-    assert np.abs(seen[1] - seen[0] - expected(mode, width, height)).max() < 0.1
-    # a middle may be between two pixels
+    assert np.abs(seen[1] - seen[0] - expected_distance(mode, width, height)).max() < 0.1
+    # the middle may fall between two pixels
     assert seen.mean(0) == pytest.approx([SIZE / 2, SIZE / 2], abs=0.55)
     training = load_images(config, "train", augment=True)
     if augment == "imagenet":
@@ -264,8 +268,8 @@ def test_training_has_the_scale_of_evaluation(
 def test_random_areas_are_about_square_where_the_network_looks(
     tmp_path: Path, mode: Resize
 ) -> None:
-    """Also of a picture three times as wide as high, of which a network of squashed
-    images has never seen a square.
+    """Even in a picture three times as wide as high, of which a network for squashed
+    images is never shown a square.
     """
     write_folder(tmp_path, marked(120, 40))
     settings = {
@@ -289,7 +293,7 @@ def test_random_areas_are_about_square_where_the_network_looks(
         *np.abs(np.subtract(*places(evaluated)))
     )
     assert len(aspects) > 10
-    # 3/4 to 4/3, and blocks that are cut off a little
+    # 3/4 to 4/3, with some room for blocks that are cut off a little
     assert aspects.min() > 0.7 and aspects.max() < 1.45
 
 
@@ -300,21 +304,20 @@ def both_are_in(x_CHW: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     ("name", "mode"), [(name, mode) for name in ("npz", "folder") for mode in MODES]
 )
-def test_a_shift_moves_and_scales_nothing(
+def test_a_shift_moves_the_image_and_does_not_scale_it(
     configured: Callable[[str, str, Resize], DataConfig], name: str, mode: Resize
 ) -> None:
-    """By whole pixels, an eighth of the size at most: with ``crop`` over what lies
-    around the middle, else over black.
+    """By whole pixels, at most an eighth of the size: with ``crop``, into what lies
+    around the middle, otherwise into black.
     """
     config = configured(name, "crop", mode)
-    found = Geometry.of(config)
     seen = places(load_images(config, "test").__getitems__([(0, 0)])[0][0])
     shifts = {
         tuple((places(x) - seen).round(3).ravel())
         for x_NCHW in drawn_batches(load_images(config, "train", augment=True), 300)
         for x in x_NCHW
     }
-    assert found.room == 2
+    assert Geometry.of(config).room == 2
     assert len(shifts) == 25
     for red_x, red_y, green_x, green_y in shifts:
         assert (red_x, red_y) == (green_x, green_y)
@@ -324,8 +327,10 @@ def test_a_shift_moves_and_scales_nothing(
 @pytest.mark.parametrize("augment", ["none", "crop", "crop_flip"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("resolution", [8, 20])
-def test_digits(augment: str, mode: Resize, resolution: int) -> None:
-    """Of eight pixels, at that size and enlarged."""
+def test_digits_are_trained_as_they_are_evaluated(
+    augment: str, mode: Resize, resolution: int
+) -> None:
+    """They have eight pixels a side: at that size, and enlarged."""
     config = DataConfig(
         resolution=resolution, channels=1, mean=(0.2,), std=(0.5,), augment=augment, resize=mode
     )
@@ -356,7 +361,7 @@ def test_a_searched_resolution_has_the_same_field_of_view(
     configured: Callable[[str, str, Resize], DataConfig], mode: Resize
 ) -> None:
     """A super-net shrinks the images of the largest resolution; the winner is trained
-    on images that are read at its own.
+    on images loaded at its own.
     """
     config = configured("folder", "none", mode)
     large, small = (
@@ -366,8 +371,8 @@ def test_a_searched_resolution_has_the_same_field_of_view(
     assert np.abs(shrunk - places(small[0])).max() < 0.6
 
 
-def test_a_border_is_of_the_mean_and_a_shift_is_black(tmp_path: Path) -> None:
-    """The border is nearly 0 for the network."""
+def test_a_border_has_the_colour_of_the_mean(tmp_path: Path) -> None:
+    """In the network's input, it is nearly 0."""
     write_folder(tmp_path)
     settings = {
         "name": "folder",
@@ -388,11 +393,12 @@ def test_a_border_is_of_the_mean_and_a_shift_is_black(tmp_path: Path) -> None:
 
 
 def test_detection_pads_in_the_middle(tmp_path: Path) -> None:
-    """Targets lie on their objects, and come back to the photograph as they were."""
+    """Targets lie on their objects, and map back to the boxes in the photograph."""
     write_boxes(tmp_path)
     images = load(coco_config(tmp_path, resolution=SIZE, resize="pad"), "test")
     x, y = images.__getitems__([(0, 0)])
-    assert y[0, 0].tolist() == [6, 2 + 4, 12, 2 + 8, 0]  # half the size, below a border of 2 pixels
+    # half the size, below a border of 2 pixels
+    assert y[0, 0].tolist() == [6, 2 + 4, 12, 2 + 8, 0]
     assert x[0, :, 0, 0].tolist() == [0, 0, 0]
     (row,) = images.results(0, y[0, :1, :4].numpy(), np.array([0.5]), np.array([0]))
     assert row["bbox"] == pytest.approx([12, 8, 12, 8], abs=1e-4)

@@ -56,7 +56,7 @@ def in_order(images: Images, batch_size: int) -> Iterator[Batch]:
         )
 
 
-# what makes a data set another
+# what makes a data set a different one
 
 
 READ = {
@@ -69,7 +69,7 @@ READ = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_the_fingerprint_is_of_what_is_read(tmp_path: Path, name: str) -> None:
+def test_the_fingerprint_covers_what_is_read(tmp_path: Path, name: str) -> None:
     config = DataConfig(name=name, path=str(tmp_path), augment="none")
     for file in READ[name]:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,8 @@ def test_the_fingerprint_is_of_what_is_read(tmp_path: Path, name: str) -> None:
     assert fingerprint(config) not in seen
 
 
-def test_the_fingerprint_of_a_folder_with_nothing_else_stays_what_it_was(tmp_path: Path) -> None:
-    """Runs from before unread files were left out go on as they are."""
+def test_the_fingerprint_of_a_folder_without_unread_files_is_as_before(tmp_path: Path) -> None:
+    """Runs from before unread files were left out are still up to date."""
     for part in ("train.npz", "test.npz"):
         (tmp_path / part).write_bytes(part.encode())
     lines = [
@@ -108,7 +108,9 @@ def test_digits_have_one_fingerprint(tmp_path: Path) -> None:
 
 
 def test_digits_are_real() -> None:
-    """All 1,797 of scikit-learn's digits, each in exactly one split, with its own label."""
+    """All 1,797 of scikit-learn's digits, each in exactly one split, with its own
+    label.
+    """
     bunch = load_digits()
     theirs = {
         (image.tobytes(), int(label))
@@ -149,13 +151,13 @@ def test_normalisation_and_channels() -> None:
         assert torch.allclose(x[:, channel], (grey[:, 0] - mean) / std, atol=1e-6)
 
 
-def test_resized_images_are_pillows() -> None:
-    """Pillow's bilinear filter is antialiased too; the sizes up and down agree within a
-    grey level.
+def test_resizing_is_that_of_pillow() -> None:
+    """Pillow's bilinear filter is antialiased too; the results agree within a grey
+    level.
     """
     original = pixels(next(in_order(load_images(DIGITS, "test"), 20))[0])
     for size in (16, 13):
-        found = pixels(
+        resized = pixels(
             next(in_order(load_images(DIGITS.model_copy(update={"resolution": size}), "test"), 20))[
                 0
             ]
@@ -164,7 +166,7 @@ def test_resized_images_are_pillows() -> None:
             np.asarray(Image.fromarray(image[0]).resize((size, size), Image.Resampling.BILINEAR))
             for image in original
         ]
-        assert np.abs(found[:, 0].astype(int) - np.stack(expected)).max() <= 1
+        assert np.abs(resized[:, 0].astype(int) - np.stack(expected)).max() <= 1
 
 
 def test_sampled_images_are_channels_last() -> None:
@@ -181,28 +183,28 @@ def test_sampled_images_are_channels_last() -> None:
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
     images = load_images(DIGITS, "train", augment=True)
-    straight = list(training_batches(images, 64, seed=3, steps=range(0, 40)))
+    uninterrupted = list(training_batches(images, 64, seed=3, steps=range(0, 40)))
     resumed = list(training_batches(images, 64, seed=3, steps=range(23, 40)))
-    assert len(straight) == 40
-    assert all(same(a, b) for a, b in zip(straight[23:], resumed, strict=True))
+    assert len(uninterrupted) == 40
+    assert all(same(a, b) for a, b in zip(uninterrupted[23:], resumed, strict=True))
     other = list(training_batches(images, 64, seed=4, steps=range(0, 40)))
-    assert not any(same(a, b) for a, b in zip(straight, other, strict=True))
-    assert not any(same(a, b) for a, b in itertools.combinations(straight, 2))
+    assert not any(same(a, b) for a, b in zip(uninterrupted, other, strict=True))
+    assert not any(same(a, b) for a, b in itertools.combinations(uninterrupted, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_kth_step(workers: int) -> None:
-    """A stride leaves steps out and changes none: across epochs (1,150 images in
-    batches of 64), and where it does not divide.
+    """A stride skips steps and changes none: across epochs (1,150 images in batches of
+    64), and if it does not divide the number of steps.
     """
     images = load_images(DIGITS, "train", augment=True)
-    straight = list(training_batches(images, 64, seed=3, steps=range(0, 41)))
+    uninterrupted = list(training_batches(images, 64, seed=3, steps=range(0, 41)))
     for first, stride in ((0, 5), (3, 7), (40, 4)):
-        found = list(
+        strided = list(
             training_batches(images, 64, seed=3, steps=range(first, 41, stride), workers=workers)
         )
-        assert len(found) == len(straight[first::stride])
-        assert all(same(a, b) for a, b in zip(found, straight[first::stride], strict=True))
+        assert len(strided) == len(uninterrupted[first::stride])
+        assert all(same(a, b) for a, b in zip(strided, uninterrupted[first::stride], strict=True))
 
 
 def test_a_portion_is_a_fixed_random_part() -> None:
@@ -215,20 +217,20 @@ def test_a_portion_is_a_fixed_random_part() -> None:
     ]
     for portion, count in ((0.5, 575), (0.1, 115), (1e-9, 1)):
         part = Portion(plain, portion)
-        found = [
+        kept = [
             (image.tobytes(), int(label))
             for x, y in in_order(part, 500)
             for image, label in zip(x.numpy(), y, strict=True)
         ]
-        assert len(part) == len(found) == count
-        assert found == [everything[i] for i in Portion(plain, portion).kept]
-        assert [label for _, label in found] == part.labels.tolist()
+        assert len(part) == len(kept) == count
+        assert kept == [everything[i] for i in Portion(plain, portion).kept]
+        assert [label for _, label in kept] == part.labels.tolist()
     assert list(Portion(plain, 0.5).kept) != list(range(575))
 
 
 def test_each_epoch_visits_every_image_once() -> None:
-    """Epochs do not end at batch boundaries: 3 epochs of 1,150 images in batches of 46,
-    and of 100.
+    """Epochs need not end at batch boundaries: 3 epochs of 1,150 images in batches of
+    46, of 115, and of 100.
     """
     plain = load_images(DIGITS, "train")
     everything = sorted(image.tobytes() for image in next(in_order(plain, len(plain)))[0].numpy())
@@ -246,7 +248,9 @@ def test_each_epoch_visits_every_image_once() -> None:
 
 
 class Echo(Images):
-    """Images that return what they were asked for: [index, augmentation seed] per image."""
+    """Images that return what they were asked for: [index, augmentation seed] per
+    image.
+    """
 
     def __init__(self, count: int) -> None:
         self.labels = np.zeros(count, dtype=np.int64)
@@ -255,8 +259,10 @@ class Echo(Images):
         return torch.tensor(requests), torch.zeros(len(requests))
 
 
-def test_every_step_is_augmented_anew() -> None:
-    """One seed per step, none twice: an image met again in a later epoch looks different."""
+def test_every_step_is_augmented_differently() -> None:
+    """One seed per step, none of them twice: in a later epoch, an image looks
+    different.
+    """
     draws = [
         set(requests[:, 1].tolist())
         for requests, _ in training_batches(Echo(40), 8, seed=3, steps=range(0, 100))
@@ -272,26 +278,26 @@ def test_every_step_is_augmented_anew() -> None:
 
 def test_workers_change_nothing() -> None:
     images = load_images(DIGITS, "train", augment=True)
-    alone = list(training_batches(images, 32, seed=0, steps=range(5, 15)))
+    without_workers = list(training_batches(images, 32, seed=0, steps=range(5, 15)))
     with_workers = list(training_batches(images, 32, seed=0, steps=range(5, 15), workers=2))
-    assert all(same(a, b) for a, b in zip(alone, with_workers, strict=True))
+    assert all(same(a, b) for a, b in zip(without_workers, with_workers, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_batches_hold_every_image_once(workers: int) -> None:
-    """In one order, the same each time; a limit takes the first of that order, which
-    are of all classes.
+    """In one fixed order; a limit takes the first of that order, which are of all
+    classes.
     """
     images = load_images(DIGITS, "held_out")
     batches = list(evaluation_batches(images, 64, workers=workers))
     assert [len(y) for _, y in batches] == [64, 64, 64, 64, 32]
-    found = sorted(
+    in_batches = sorted(
         (image.tobytes(), int(label))
         for x, y in batches
         for image, label in zip(x.numpy(), y, strict=True)
     )
     x_NCHW, y = next(in_order(images, 288))
-    assert found == sorted(
+    assert in_batches == sorted(
         (image.tobytes(), int(label)) for image, label in zip(x_NCHW.numpy(), y, strict=True)
     )
     some = list(evaluation_batches(images, 64, limit=100, workers=workers))
@@ -328,12 +334,12 @@ def test_augmentation_against_a_slow_reference(augment: str) -> None:
     config = DIGITS.model_copy(update={"augment": augment})
     train, plain = load_images(config, "train", augment=True), load_images(config, "train")
     requests = [(index, 99) for index in range(200)]
-    found, originals = (
+    augmented, originals = (
         pixels(train.__getitems__(requests)[0])[:, 0],
         pixels(plain.__getitems__(requests)[0])[:, 0],
     )
     seen = {}
-    for image, original in zip(found, originals, strict=True):
+    for image, original in zip(augmented, originals, strict=True):
         padded = np.zeros((10, 10), np.uint8)
         padded[1:9, 1:9] = original
         crops = {(top, left, flip): padded[top : top + 8, left : left + 8][:, ::-1 if flip else 1]
@@ -346,7 +352,7 @@ def test_augmentation_against_a_slow_reference(augment: str) -> None:
     assert (60 < flips < 140) if augment == "crop_flip" else flips == 0
 
 
-def test_augmentation_is_deterministic_and_only_where_asked() -> None:
+def test_augmentation_is_deterministic_and_only_on_request() -> None:
     images = load_images(DIGITS, "train", augment=True)
     requests = [(index, 5) for index in range(64)]
     assert same(images.__getitems__(requests), images.__getitems__(requests))
@@ -404,16 +410,16 @@ def test_npz_is_read(tmp_path: Path) -> None:
     assert len(load_images(npz_config(tmp_path), "test")) == 20
 
 
-def test_smaller_images_are_pillows_too(tmp_path: Path) -> None:
-    """Without antialiasing this is off by far more than a grey level."""
+def test_shrinking_is_that_of_pillow_too(tmp_path: Path) -> None:
+    """Without antialiasing, this would be off by far more than a grey level."""
     originals = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 1), dtype=np.uint8)
     write_npz(tmp_path, "test", 6, x=originals)
-    found = pixels(next(in_order(load_images(npz_config(tmp_path, resolution=16), "test"), 6))[0])
+    shrunk = pixels(next(in_order(load_images(npz_config(tmp_path, resolution=16), "test"), 6))[0])
     expected = [
         np.asarray(Image.fromarray(image[..., 0]).resize((16, 16), Image.Resampling.BILINEAR))
         for image in originals
     ]
-    assert np.abs(found[:, 0].astype(int) - np.stack(expected)).max() <= 1
+    assert np.abs(shrunk[:, 0].astype(int) - np.stack(expected)).max() <= 1
 
 
 def test_npz_folder_and_file_missing(tmp_path: Path) -> None:
@@ -546,7 +552,9 @@ def folder_config(path: Path, **changes: Any) -> DataConfig:
 
 
 def test_folder_is_decoded(image_folder: Path) -> None:
-    """Evaluation: the shorter side becomes 18 px (Pillow's bicubic), then the middle 16."""
+    """Evaluation: the shorter side becomes 18 px (Pillow's bicubic), then the middle
+    16.
+    """
     config = folder_config(image_folder, mean=(0.0,) * 3, std=(1.0,) * 3)
     test = load_images(config, "test")
     x, y = next(in_order(test, 10))
@@ -572,15 +580,15 @@ def test_folder_batches_are_deterministic(image_folder: Path) -> None:
     assert len(train) == 10
     assert len(load_images(folder_config(image_folder), "held_out")) == 2
     torch.manual_seed(1)
-    straight = list(training_batches(train, 4, seed=0, steps=range(0, 6)))
+    uninterrupted = list(training_batches(train, 4, seed=0, steps=range(0, 6)))
     after = torch.rand(1)
     torch.manual_seed(2)
     for workers in (0, 2):
         resumed = list(training_batches(train, 4, seed=0, steps=range(2, 6), workers=workers))
-        assert all(same(a, b) for a, b in zip(straight[2:], resumed, strict=True))
+        assert all(same(a, b) for a, b in zip(uninterrupted[2:], resumed, strict=True))
     torch.manual_seed(1)
-    assert torch.equal(torch.rand(1), after)  # decoding leaves the global generator alone
-    assert not same(straight[0], straight[3])
+    assert torch.equal(torch.rand(1), after)  # the global generator is left alone
+    assert not same(uninterrupted[0], uninterrupted[3])
 
 
 def test_an_image_that_does_not_decode(image_folder: Path) -> None:
@@ -589,7 +597,7 @@ def test_an_image_that_does_not_decode(image_folder: Path) -> None:
     for content in (b"this is no image", whole[: len(whole) // 2], b""):
         victim.write_bytes(content)
         test = load_images(folder_config(image_folder), "test")
-        for workers in (0, 2):  # and no traceback of a loader process
+        for workers in (0, 2):  # with 2, without the traceback of a loader process
             with pytest.raises(DataError, match="does not decode") as caught:
                 list(evaluation_batches(test, 3, workers=workers))
             assert str(victim) in str(caught.value)
@@ -610,8 +618,8 @@ def test_folder_errors(image_folder: Path) -> None:
 
 
 def test_validation_classes_must_be_the_training_classes(image_folder: Path) -> None:
-    """Labels are positions in the sorted list of folders: one folder less in val would
-    shift them in silence.
+    """Labels are positions in the sorted list of folders: another folder in val would
+    silently shift them.
     """
     (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
     refused(folder_config(image_folder), "cat", "cow", split="test")

@@ -1,5 +1,5 @@
-"""deploy/android.sh by a POSIX shell on this computer, with a program that does
-nothing: what it leaves when it says its last.
+"""deploy/android.sh, run by this computer's POSIX shell with a program that does
+nothing: what it leaves behind when it prints its last line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from hwnas.resources import resource_path
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder beside a program and a model, and an ``rm`` that takes its time."""
+    """A run's folder with a program and a model, and an ``rm`` that is slow enough to
+    show a lock that is removed too late.
+    """
     run = tmp_path / "hwnas" / "run-1"
     run.mkdir(parents=True)
     shutil.copy(resource_path("deploy") / "android.sh", run)
@@ -42,7 +44,9 @@ def run(tmp_path: Path) -> Path:
         ("predict model.tflite 4 benchmark_model-1", "run-1 failed"),
     ],
 )
-def test_the_lock_is_gone_when_it_says_its_last(run: Path, arguments: str, last: str) -> None:
+def test_the_lock_is_gone_before_the_last_line_is_printed(
+    run: Path, arguments: str, last: str
+) -> None:
     if last.endswith("failed"):
         (run / "input").mkdir()  # so that dd cannot write it
     environment = os.environ | {"PATH": f"{run.parent.parent / 'bin'}:{os.environ['PATH']}"}
@@ -53,13 +57,13 @@ def test_the_lock_is_gone_when_it_says_its_last(run: Path, arguments: str, last:
         env=environment,
     ) as process:
         assert process.stdout is not None
-        said = next(
+        last_line = next(
             line
             for line in process.stdout
             if line.startswith((f"{run.name} done", f"{run.name} failed"))
         )
         left = [path.name for path in run.parent.iterdir()]
         process.stdout.read()
-    assert said.startswith(last)
+    assert last_line.startswith(last)
     assert "lock" not in left
     assert "benchmark_model-1" in left

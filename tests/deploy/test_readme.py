@@ -1,7 +1,8 @@
-"""The snippets of deploy/README.md on real bundles and a real JPEG: they print what hwnas finds.
+"""The snippets of deploy/README.md on real bundles and a real JPEG: they print what
+hwnas predicts.
 
-C++ is compiled where the environment variable HWNAS_LITERT_HEADERS names a checkout of
-LiteRT, or its C++ SDK, and linked with the library of the installed wheel. Kotlin is
+C++ is compiled if the environment variable HWNAS_LITERT_HEADERS names a checkout of
+LiteRT, or its C++ SDK, and linked with the library from the installed wheel. Kotlin is
 not compiled.
 """
 
@@ -67,7 +68,7 @@ def snippets(language: str) -> list[str]:
 
 
 def python(snippet: str, folder: Path) -> list[str]:
-    """What a script prints in a bundle's folder."""
+    """The lines that a script prints in a bundle's folder."""
     (folder / "app.py").write_text(snippet)
     done = subprocess.run(
         [sys.executable, "app.py"],
@@ -83,7 +84,9 @@ def python(snippet: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder data set of pieces of two photographs, none of them square, most of another size."""
+    """A folder data set of pieces of two photographs, none of them square, most of
+    different sizes.
+    """
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     for number, photograph in enumerate(load_sample_images().images):
@@ -93,6 +96,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 target.mkdir(parents=True)
                 for index in range(3):
                     height, width = (int(side) for side in rng.integers(60, 300, 2))
+                    # the photographs are 427 pixels high and 640 wide
                     y, x = int(rng.integers(0, 427 - height)), int(rng.integers(0, 640 - width))
                     Image.fromarray(photograph[y : y + height, x : x + width]).save(
                         target / f"{index}.jpg", quality=90
@@ -129,14 +133,14 @@ def run(
     root = tmp_path_factory.mktemp(request.param) / "run"
     network, test = lively(NETWORK, 30.0).eval(), load_images(experiment.data, "test")
     x_NCHW, _ = test.__getitems__([(index, 0) for index in range(len(test))])
-    with torch.no_grad():  # so that no label has all the images
+    with torch.no_grad():  # so that not every image gets the same label
         network.blocks[-1].linear.bias -= network(x_NCHW).mean(0)
     save_network(network, root / "train" / "model.safetensors", {})
     Pipeline(experiment, root, Progress()).run_stage("export")
     return experiment, root / "export"
 
 
-def test_python_finds_the_class_that_hwnas_finds(
+def test_python_predicts_the_class_that_hwnas_predicts(
     run: tuple[Experiment, Path], photographs: Path
 ) -> None:
     experiment, folder = run
@@ -146,20 +150,20 @@ def test_python_finds_the_class_that_hwnas_finds(
     x_NCHW, _ = test.__getitems__([(index, 0) for index in range(len(paths))])
     images = bundle.interface.fed(x_NCHW.permute(0, 2, 3, 1).contiguous().numpy())
     outputs = Host(HOST).predict(folder / "model-int8.tflite", images, folder)
-    wanted = [
+    expected = [
         " ".join((bundle.labels[row.argmax()], bundle.interface.output, str(row.max())))
         for row in outputs
     ]
-    assert len({line.partition(" logits")[0].partition(" prob")[0] for line in wanted}) > 1, (
-        "or any constant would do"
+    assert len({line.partition(" logits")[0].partition(" prob")[0] for line in expected}) > 1, (
+        "otherwise a constant would pass"
     )
-    for path, line in list(zip(paths, wanted, strict=True))[::2]:
+    for path, line in list(zip(paths, expected, strict=True))[::2]:
         shutil.copy(path, folder / "photograph.jpg")
         assert python(classify, folder) == [line]
 
 
 @pytest.mark.slow
-def test_python_finds_the_boxes_that_hwnas_finds(photographs: Path, tmp_path: Path) -> None:
+def test_python_predicts_the_boxes_that_hwnas_predicts(photographs: Path, tmp_path: Path) -> None:
     content = settings(tmp_path)
     backbone = Architecture(
         name="boxes",
@@ -189,7 +193,7 @@ def test_python_finds_the_boxes_that_hwnas_finds(photographs: Path, tmp_path: Pa
     path = next((photographs / "val").glob("*/*.jpg"))
     shutil.copy(path, folder / "photograph.jpg")
     load, _, detect = snippets("python")[:3]
-    found = python(load + detect, folder)
+    printed = python(load + detect, folder)
     pixels = (
         Geometry.of(experiment.data)
         .fitted(tv_tensors.Image(Image.open(path)))
@@ -200,21 +204,21 @@ def test_python_finds_the_boxes_that_hwnas_finds(photographs: Path, tmp_path: Pa
     bundle = Bundle.load(folder / "bundle.json")
     assert bundle.detector is not None
     boxes, scores, labels = read_decoded(row, bundle.detector.post_processing.model_dump(), 48, 2)
-    assert len(boxes) and found[0].startswith(f"{bundle.labels[labels[0]]} ")
-    numbers = [float(number) for number in re.findall(r"-?\d+\.\d*(?:e-?\d+)?", found[0])]
+    assert len(boxes) and printed[0].startswith(f"{bundle.labels[labels[0]]} ")
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d*(?:e-?\d+)?", printed[0])]
     assert numbers == pytest.approx([float(scores[0]), *(boxes[0] / 48)], abs=0.06), (
-        "Pillow rounds pixels otherwise than torchvision"
+        "Pillow rounds pixels differently from torchvision"
     )
 
 
 def library() -> Path:
-    """LiteRT's, out of the wheel."""
+    """LiteRT's shared library, from the installed wheel."""
     spec = find_spec("ai_edge_litert")
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / "libLiteRt.so"
 
 
-def test_the_library_has_what_c_plus_plus_calls() -> None:
+def test_the_library_exports_what_c_plus_plus_calls() -> None:
     [source] = snippets("cpp")
     called = set(re.findall(r"\b(LiteRt\w+)\(", source))
     assert len(called) > 15
@@ -223,7 +227,7 @@ def test_the_library_has_what_c_plus_plus_calls() -> None:
 
 
 @pytest.mark.parametrize("run", ["app"], indirect=True)
-def test_c_plus_plus_finds_the_class_that_hwnas_finds(
+def test_c_plus_plus_predicts_the_class_that_hwnas_predicts(
     run: tuple[Experiment, Path], tmp_path: Path
 ) -> None:
     headers, compiler = os.environ.get("HWNAS_LITERT_HEADERS"), shutil.which("c++")
@@ -255,10 +259,10 @@ def test_c_plus_plus_finds_the_class_that_hwnas_finds(
     for image, row in zip(pixels, outputs, strict=True):
         image.tofile(tmp_path / "image.rgb")
         command = ["./classify", folder / "model-int8.tflite", "image.rgb"]
-        said = subprocess.run(
+        printed = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, check=True
         ).stdout
-        best, probability = said.split()
+        best, probability = printed.split()
         assert int(best) == row.argmax() and float(probability) == pytest.approx(
             row.max(), abs=1e-3
         )

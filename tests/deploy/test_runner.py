@@ -1,4 +1,4 @@
-"""The device runner, run as a device runs it: a script in a process of its own."""
+"""The device runner, run the way a device runs it: as a script in its own process."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def stream(*arguments: object, content: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """The runner with ``content`` on its stdin, as a connection gives it."""
+    """Run the runner with ``content`` on its stdin, as a connection sends it."""
     command = [sys.executable, str(RUNNER), *map(str, arguments)]
     return subprocess.run(command, input=content, capture_output=True, check=False, timeout=60)
 
@@ -174,15 +174,17 @@ def test_cores_are_kept_awake_for_several_threads_and_no_longer(
             int(pid)
             for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         ]
-        wanted = [({core}, os.SCHED_IDLE) for core in cores]
+        expected = [({core}, os.SCHED_IDLE) for core in cores]
         deadline = time.monotonic() + 10
         while [
             (os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops
-        ] != wanted and time.monotonic() < deadline:
+        ] != expected and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert [(os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops] == wanted
+        assert [
+            (os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in loops
+        ] == expected
         assert json.loads(process.stdout.readline())["ms"]
-    # idle processes need a moment of their core to end, and it may be busy
+    # to end, idle-priority processes need a moment of their core, which may be busy
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in loops) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -193,7 +195,7 @@ def test_cores_are_kept_awake_for_several_threads_and_no_longer(
     ("runtime", "name"),
     [("litert", "fp32.tflite"), ("litert", "int8.tflite"), ("onnxruntime", "net.onnx")],
 )
-def test_measure_feeds_an_image_where_the_plan_names_one(
+def test_measure_feeds_an_image_if_the_plan_names_one(
     runtime: str, name: str, files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:
     np.save(tmp_path / "image.npy", images[:1])
@@ -205,7 +207,7 @@ def test_measure_feeds_an_image_where_the_plan_names_one(
     _, [noise, fed, wrong] = measure(tmp_path, runtime=runtime, items=items)
     assert "input" not in noise and noise["ms"]
     assert fed["input"] == "image" and fed["ms"]
-    assert "error" in wrong, "an image of another shape does not fit, so it is this one that is fed"
+    assert "error" in wrong, "an image of another shape fails, so the named image is what is fed"
 
 
 def test_measure_runs_onnx_files(files: dict[str, Path], tmp_path: Path) -> None:
@@ -220,8 +222,8 @@ def test_predict_agrees_with_pytorch(
     net: nn.Module, images: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path
 ) -> None:
     with torch.no_grad():
-        wanted = net(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    assert wanted.std() > 0.1, "outputs this small would compare silence"
+        expected = net(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    assert expected.std() > 0.1, "smaller outputs would make the comparison meaningless"
     np.save(tmp_path / "in.npy", images)
     limits = {"fp32.tflite": 1e-5, "net.onnx": 1e-5, "int8.tflite": 0.05, "float_io.tflite": 0.05}
     for name, limit in limits.items():
@@ -229,14 +231,14 @@ def test_predict_agrees_with_pytorch(
             "predict", files[name], tmp_path / "in.npy", tmp_path / "out.npy", "--threads", 2
         )
         assert done.returncode == 0, done.stderr
-        got = np.load(tmp_path / "out.npy")
-        assert got.dtype == np.float32
-        assert got.shape == wanted.shape
-        assert np.abs(got - wanted).max() / np.abs(wanted).max() < limit, name
+        outputs = np.load(tmp_path / "out.npy")
+        assert outputs.dtype == np.float32
+        assert outputs.shape == expected.shape
+        assert np.abs(outputs - expected).max() / np.abs(expected).max() < limit, name
     assert {path.name for path in tmp_path.iterdir()} == {
         "in.npy",
         "out.npy",
-    }, "no temporary file stays"
+    }, "no temporary file is left"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_predict_agrees_with_pytorch(
         ('{"runtime": "litert", "threads": 1, "cores": [9999], "items": []}', "this machine has ["),
     ],
 )
-def test_a_bad_plan_is_one_sentence(plan: str, complaint: str, tmp_path: Path) -> None:
+def test_a_bad_plan_gives_one_sentence(plan: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(plan)
     done = run("measure", tmp_path / "plan.json")
     assert (done.returncode, done.stdout) == (2, "")
@@ -270,23 +272,23 @@ EMPTY = '{"runtime": "litert", "threads": 1, "items": []}'
 
 
 def hide(folder: Path, *modules: str) -> None:
-    """With ``folder`` on PYTHONPATH these do not import."""
+    """Make these modules fail to import if ``folder`` is on PYTHONPATH."""
     for module in modules:
         (folder / f"{module}.py").write_text("raise ImportError('hidden')")
 
 
 def test_inspect_describes_the_machine() -> None:
     [line] = run("inspect").stdout.splitlines()
-    found = json.loads(line)
-    assert found["cores"] == sorted(os.sched_getaffinity(0))
-    assert found["numpy"] == np.__version__
-    assert found["runtimes"].keys() == {"litert", "onnxruntime"}
-    assert found["runtimes"]["litert"] == f"ai-edge-litert {version('ai-edge-litert')}"
-    assert found["missing"] == {}
+    report = json.loads(line)
+    assert report["cores"] == sorted(os.sched_getaffinity(0))
+    assert report["numpy"] == np.__version__
+    assert report["runtimes"].keys() == {"litert", "onnxruntime"}
+    assert report["runtimes"]["litert"] == f"ai-edge-litert {version('ai-edge-litert')}"
+    assert report["missing"] == {}
 
 
 @pytest.mark.parametrize(
-    ("hidden", "said"),
+    ("hidden", "message"),
     [
         (
             ("ai_edge_litert", "tflite_runtime"),
@@ -296,24 +298,24 @@ def test_inspect_describes_the_machine() -> None:
     ],
 )
 def test_what_is_missing_comes_with_the_command_that_installs_it(
-    hidden: tuple[str, ...], said: str, tmp_path: Path
+    hidden: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     hide(tmp_path, *hidden)
     (tmp_path / "plan.json").write_text(EMPTY)
     done = run("measure", tmp_path / "plan.json", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (3, "")
     assert re.fullmatch(
-        f"{said}: {sys.executable} -m pip install ai-edge-litert numpy\n", done.stderr
+        f"{message}: {sys.executable} -m pip install ai-edge-litert numpy\n", done.stderr
     )
-    found = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
-    assert found["missing"]["litert"] == done.stderr.strip()
-    assert "litert" not in found["runtimes"]
+    report = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
+    assert report["missing"]["litert"] == done.stderr.strip()
+    assert "litert" not in report["runtimes"]
 
 
 def test_tflite_runtime_beside_numpy_2(tmp_path: Path) -> None:
-    """It imports there, and no model would load."""
+    """It imports there, but would not load any model."""
     if np.__version__ < "2":
-        pytest.skip("this is about numpy 2")
+        pytest.skip("needs numpy 2")
     hide(tmp_path, "ai_edge_litert")
     (tmp_path / "tflite_runtime").mkdir()
     (tmp_path / "tflite_runtime/interpreter.py").touch()
@@ -321,32 +323,32 @@ def test_tflite_runtime_beside_numpy_2(tmp_path: Path) -> None:
     (tmp_path / "tflite_runtime-2.14.0.dist-info/METADATA").write_text(
         "Name: tflite-runtime\nVersion: 2.14.0\n"
     )
-    found = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
+    report = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
     command = f"{sys.executable} -m pip install tflite-runtime 'numpy<2'"
     assert (
-        found["missing"]["litert"]
+        report["missing"]["litert"]
         == f"tflite-runtime 2.14.0 does not work with numpy {np.__version__}: {command}"
     )
 
 
-def test_where_the_system_keeps_its_python_to_itself() -> None:
-    """Debian 12 and Raspberry Pi OS refuse pip: the command makes an environment."""
+def test_an_externally_managed_python() -> None:
+    """Debian 12 and Raspberry Pi OS refuse pip: the command creates an environment."""
     system = Path("/usr/bin/python3")
     if not list(Path("/usr/lib").glob("python3.*/EXTERNALLY-MANAGED")) or not system.exists():
-        pytest.skip("this system leaves its Python to pip")
-    found = json.loads(
+        pytest.skip("needs a system whose Python refuses pip")
+    report = json.loads(
         subprocess.run([system, RUNNER, "inspect"], capture_output=True, check=True).stdout
     )
-    if not found["missing"]:
-        pytest.skip("the system's Python has everything")
-    sentence = next(iter(found["missing"].values()))
+    if not report["missing"]:
+        pytest.skip("the system's Python lacks nothing")
+    sentence = next(iter(report["missing"].values()))
     assert "create an environment and use its ~/hwnas/bin/python: " in sentence
     assert f"{system} -m venv ~/hwnas && ~/hwnas/bin/python -m pip install " in sentence
 
 
-def test_a_plan_from_stdin_ends_with_it(files: dict[str, Path], tmp_path: Path) -> None:
-    """All of it while stdin is open; and nothing more once it closes, not even the run
-    that is under way.
+def test_a_plan_from_stdin_stops_when_stdin_closes(files: dict[str, Path], tmp_path: Path) -> None:
+    """All of it is run while stdin stays open; once it closes, nothing more is, and
+    even the run in progress ends.
     """
     path = str(files["fp32.tflite"])
     plan = {"runtime": "litert", "threads": 1, "min_ms": 1, "items": [{"id": "a", "path": path}]}
@@ -396,8 +398,8 @@ def pixels(images: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def test_predict_from_pixels(
     name: str, pixels: np.ndarray[Any, Any], files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As they are into a file that takes them, from an array and from a stream; what
-    does not fit is one sentence.
+    """A file that takes pixels gets them unchanged, from an array and from a stream;
+    one that does not refuses them in one sentence.
     """
     runtime = "onnxruntime" if name.endswith("onnx") else "litert"
     model = tmp_path / name
@@ -407,12 +409,12 @@ def test_predict_from_pixels(
     for entry, images in ((files[name], "floats.npy"), (model, "pixels.npy")):
         done = run("predict", entry, tmp_path / images, tmp_path / f"{entry.parent.name}.npy")
         assert done.returncode == 0, done.stderr
-    wanted, found = (
+    expected, outputs = (
         np.load(tmp_path / f"{files[name].parent.name}.npy"),
         np.load(tmp_path / f"{tmp_path.name}.npy"),
     )
     limit = 0.02 if name == "float_io.tflite" else 1e-5
-    assert np.abs(found - wanted).max() <= limit * np.abs(wanted).max()
+    assert np.abs(outputs - expected).max() <= limit * np.abs(expected).max()
     done = stream(
         "predict",
         model,
@@ -422,7 +424,7 @@ def test_predict_from_pixels(
     )
     assert done.returncode == 0, done.stderr
     shape, _, values = done.stdout.partition(b"\n")
-    assert np.array_equal(np.frombuffer(values, np.float32).reshape(json.loads(shape)), found)
+    assert np.array_equal(np.frombuffer(values, np.float32).reshape(json.loads(shape)), outputs)
     refused = run("predict", files[name], tmp_path / "pixels.npy", tmp_path / "out.npy")
     assert (
         refused.returncode == 2
@@ -432,10 +434,10 @@ def test_predict_from_pixels(
 
 
 @pytest.mark.parametrize("name", ["fp32.tflite", "float_io.tflite", "net.onnx"])
-def test_floats_are_no_pixels(
+def test_floats_are_not_pixels(
     name: str, files: dict[str, Path], images: np.ndarray[Any, Any], tmp_path: Path
 ) -> None:
-    """A TFLite file has a scale, but that of pixels, not of normalised images."""
+    """The input of a TFLite file has a scale, but for pixels, not normalised images."""
     runtime = "onnxruntime" if name.endswith("onnx") else "litert"
     model = tmp_path / name
     model.write_bytes(TAKES_PIXELS.around(files[name].read_bytes(), runtime))
@@ -455,8 +457,8 @@ def test_floats_are_no_pixels(
 
 
 def test_receives_what_is_missing(files: dict[str, Path], tmp_path: Path) -> None:
-    """Of three announced files one is there whole, one is there in another size, one is
-    not there.
+    """Of three announced files, one is complete, one has another size, and one is
+    missing.
     """
     contents = {
         "whole": b"0" * 10,
@@ -477,10 +479,10 @@ def test_receives_what_is_missing(files: dict[str, Path], tmp_path: Path) -> Non
         content=announced + contents["a.tflite"] + contents["b c;d"] + plan,
     )
     assert json.loads(done.stdout.splitlines()[0]) == ["a.tflite", "b c;d"]
-    got = {
+    received = {
         path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".hwnas-lock"
     }
-    assert got == {**contents, "whole": b"1" * 10}
+    assert received == {**contents, "whole": b"1" * 10}
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".hidden", ".", "..", "", ".hwnas-lock"])
@@ -498,7 +500,7 @@ def test_receives_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"[]\n", "not JSON in the documented format"),
         (b"{\n", "not JSON in the documented format"),
@@ -507,15 +509,15 @@ def test_receives_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
         (b'{"a": 10}\nabcde', "The connection ended in the middle of a"),
     ],
 )
-def test_a_broken_stream_leaves_nothing(content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_broken_stream_leaves_nothing(content: bytes, message: str, tmp_path: Path) -> None:
     done = stream("measure", "-", "--receive", tmp_path, content=content)
     assert done.returncode == 2
-    assert said in done.stderr.decode()
+    assert message in done.stderr.decode()
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == [".hwnas-lock"]
 
 
-def test_the_script_stands_alone_and_speaks_python_3_8() -> None:
+def test_the_script_is_standalone_and_parses_as_python_3_8() -> None:
     tree = ast.parse(RUNNER.read_text(), feature_version=(3, 8))
     imported = {
         name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names

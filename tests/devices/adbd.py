@@ -1,12 +1,12 @@
-"""The device side of adb's transport protocol, over TCP: what runs on a phone and
-answers the adb server of a computer.
+"""The device side of adb's transport protocol, over TCP: the daemon that runs on a
+phone and answers a computer's adb server.
 
 Protocol: packages/modules/adb/protocol.txt (packets, streams), SYNC.TXT (files) and
 shell_protocol.h (``shell,v2``) of the Android sources. ``adb connect 127.0.0.1:PORT``
-attaches it as a phone is attached over Wi-Fi.
+attaches it like a phone over Wi-Fi.
 
-Paths of the phone are inside ``root``. Its shell is this machine's /bin/sh: the folders
-of ``MAPPED`` in a command mean those in ``root``.
+The phone's paths live under ``root``. Its shell is this machine's /bin/sh; in its
+commands, the folders in ``MAPPED`` stand for those under ``root``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Adbd:
 
     @property
     def serial(self) -> str:
-        """What adb calls a device at this address."""
+        """The serial number that adb gives a device at this address."""
         return f"127.0.0.1:{self.port}"
 
     def plug(self) -> None:
@@ -67,7 +67,7 @@ class Adbd:
                 threading.Thread(target=connection.serve, daemon=True).start()
 
     def unplug(self) -> None:
-        """Close the listener and every connection, in the middle of whatever they do."""
+        """Close the listener and every connection, whatever they are doing."""
         if self._listener is not None:
             with suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
@@ -77,11 +77,11 @@ class Adbd:
             self._connections.pop().close()
 
     def local(self, path: str) -> Path:
-        """Where a path of the phone is on this machine."""
+        """The path on this machine that stands for a path on the phone."""
         return self.root / path.lstrip("/")
 
     def shell(self, command: str) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own."""
+        """Start a command in its own session."""
         for folder in MAPPED:
             command = command.replace(folder, str(self.local(folder)))
         return subprocess.Popen(
@@ -95,7 +95,7 @@ class _Connection:
 
     def __init__(self, adbd: Adbd, wire: socket.socket) -> None:
         self.adbd, self.wire = adbd, wire
-        # packets are small, and each is waited for
+        # packets are small, and the sender waits for each of them
         wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.streams: dict[int, _Stream] = {}
         self._sending = threading.Lock()
@@ -138,7 +138,8 @@ class _Connection:
                 else self.send(AUTH, AUTH_TOKEN, 0, os.urandom(20))
             )
         elif command == AUTH and arg0 == AUTH_SIGNATURE:
-            # that key is not known here; a new one waits for the dialog
+            # reject the signature; the public key that follows gets no answer, as if
+            # the dialog were still open
             self.send(AUTH, AUTH_TOKEN, 0, os.urandom(20))
         elif command == OPEN:
             stream = _Stream(self, arg0)
@@ -165,12 +166,12 @@ class _Connection:
 
 
 class _Stream:
-    """A stream of a connection: what one service and its client say to each other. Each
-    write waits until the other side took it.
+    """One stream of a connection, between a service and its client. Each write waits
+    until the other side has acknowledged the one before.
     """
 
     def __init__(self, connection: _Connection, remote: int) -> None:
-        # ours may be theirs: the directions are apart
+        # each side chooses its own ids, so ours may equal theirs
         self.connection, self.adbd, self.id = connection, connection.adbd, remote
         self.incoming: queue.Queue[bytes | None] = queue.Queue()
         self.credit = threading.Semaphore(1)
@@ -217,15 +218,15 @@ class _Stream:
 
 
 def _shell(stream: _Stream, command: str, *, v2: bool) -> None:
-    """Run a command and pass on what it prints; where the client goes away first, the
-    command's session is hung up.
+    """Run a command and forward its output. If the client disconnects first, hang up
+    the command's session.
     """
     process = stream.adbd.shell(command)
 
     def watch() -> None:
         with suppress(EOFError):
             while True:
-                stream.read(1)  # what the client types goes nowhere
+                stream.read(1)  # discard the client's input
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGHUP)
 
@@ -250,7 +251,7 @@ def _shell(stream: _Stream, command: str, *, v2: bool) -> None:
 
 
 class _Sync:
-    """The file service."""
+    """adb's file service, ``sync:``."""
 
     def __init__(self, stream: _Stream) -> None:
         self.stream, self.adbd = stream, stream.adbd
@@ -266,30 +267,30 @@ class _Sync:
                 b"STA2": self._stat_v2,
                 b"LST2": self._stat_v2,
                 b"SEND": self._receive,
-                b"RECV": self._give,
+                b"RECV": self._send,
             }[kind](path)
 
     def _stat(self, path: str) -> None:
         file = self.adbd.local(path)
-        found = file.lstat() if file.exists() else None
-        fields = (found.st_mode, found.st_size, int(found.st_mtime)) if found else (0, 0, 0)
+        status = file.lstat() if file.exists() else None
+        fields = (status.st_mode, status.st_size, int(status.st_mtime)) if status else (0, 0, 0)
         self.stream.write(struct.pack("<4s3I", b"STAT", *fields))
 
     def _stat_v2(self, path: str) -> None:
         file, no_such_file = self.adbd.local(path), 2
         fields = (no_such_file, *(0,) * 11)
         if file.exists():
-            found = file.stat()
-            times = (int(found.st_atime), int(found.st_mtime), int(found.st_ctime))
+            status = file.stat()
+            times = (int(status.st_atime), int(status.st_mtime), int(status.st_ctime))
             fields = (
                 0,
-                found.st_dev,
-                found.st_ino,
-                found.st_mode,
-                found.st_nlink,
-                found.st_uid,
-                found.st_gid,
-                found.st_size,
+                status.st_dev,
+                status.st_ino,
+                status.st_mode,
+                status.st_nlink,
+                status.st_uid,
+                status.st_gid,
+                status.st_size,
                 *times,
             )
         self.stream.write(struct.pack("<4sIQQIIIIQqqq", b"STA2", *fields[:11]))
@@ -314,7 +315,7 @@ class _Sync:
         file.chmod(stat.S_IMODE(int(mode)))
         self.stream.write(struct.pack("<4sI", b"OKAY", 0))
 
-    def _give(self, path: str) -> None:
+    def _send(self, path: str) -> None:
         file = self.adbd.local(path)
         if not file.is_file():
             failure = b"open failed: No such file or directory"

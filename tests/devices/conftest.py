@@ -1,4 +1,4 @@
-"""Devices that tests share."""
+"""Device fixtures that the tests share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def _sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(_sshd: Server) -> Iterator[Server]:
-    """A board that can be reached over ssh: no models, no login scripts. Each test must
-    leave it idle.
+    """A board reachable over ssh, without models or login scripts. Each test must leave
+    it idle.
     """
     shutil.rmtree(_sshd.home)
     _sshd.home.mkdir()
     yield _sshd
-    assert sshd.gone(_sshd.runners()), "a runner goes on working for nobody"
+    assert sshd.gone(_sshd.runners()), "a runner outlived its client"
 
 
 @pytest.fixture
 def board(server: Server) -> Ssh:
-    """A connection to it."""
+    """A connection to ``server``."""
     return Ssh(server.device())

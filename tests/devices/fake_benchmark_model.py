@@ -1,9 +1,9 @@
-"""benchmark_model for the fake phone: LiteRT's real interpreter, asked and answering
-like LiteRT's tool.
+"""benchmark_model for the fake phone: LiteRT's real interpreter, with the flags and
+the output of LiteRT's tool.
 
-``LAUNCHER`` is the program on the phone. It sends its folder and arguments to the
-socket in $PHONE_CHIP, prints what comes back, and so starts in milliseconds. ``serve``
-is the other side, in the tests' own process.
+``LAUNCHER`` is the program on the phone. It only sends its folder and arguments to the
+socket in $PHONE_CHIP and prints the answer, so it starts in milliseconds. ``serve`` is
+the other side, in the tests' own process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 Say = Callable[[str], None]
 Tool = Callable[[dict[str, str], Path, Say], int]
-"""Flags without their dashes, the folder that it was started in, and where its output
-goes -> exit status.
+"""Takes the flags without their dashes, the folder that it was started in, and a
+function that prints a line; returns the exit status.
 """
 
 LAUNCHER = r"""
@@ -47,7 +47,7 @@ int main(int argc, char **argv) {
 
 
 def serve(path: Path, tool: Tool) -> socket.socket:
-    """Answer programs at a socket until it is closed."""
+    """Run ``tool`` for each program that connects to a socket, until that is closed."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
@@ -65,10 +65,10 @@ def serve(path: Path, tool: Tool) -> socket.socket:
 
 def _answer(wire: socket.socket, tool: Tool) -> None:
     with wire, wire.makefile("rb") as stream, suppress(BrokenPipeError):
-        said = stream.read().decode()
-        if not said.endswith("\0\0"):
-            return  # it was killed before it had said everything
-        folder, *arguments = said.rstrip("\0").split("\0")
+        request = stream.read().decode()
+        if not request.endswith("\0\0"):
+            return  # the program was killed before it had sent everything
+        folder, *arguments = request.rstrip("\0").split("\0")
         flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
         lines: list[str] = []
         status = tool(flags, Path(folder), lines.append)
@@ -79,14 +79,14 @@ def _answer(wire: socket.socket, tool: Tool) -> None:
 
 
 def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
-    """What the tool of 2024 and later does with the flags that hwnas uses."""
+    """What builds of the tool since 2024 do with the flags that hwnas uses."""
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     say("INFO: STARTING!")
     say(f"INFO: Graph: [{flags['graph']}]")
     try:
-        plain = (
+        resolver = (
             OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
             if flags.get("use_xnnpack") == "false"
             else OpResolverType.AUTO
@@ -94,7 +94,7 @@ def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
         model = Interpreter(
             str(folder / flags["graph"]),
             num_threads=int(flags["num_threads"]),
-            experimental_op_resolver_type=plain,
+            experimental_op_resolver_type=resolver,
         )
         model.allocate_tensors()
     except (RuntimeError, ValueError) as error:
@@ -108,19 +108,23 @@ def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
             "INFO: Explicitly applied XNNPACK delegate, and the model graph will be completely"
             " executed by the delegate."
         )
-    entry, exits = model.get_input_details()[0], model.get_output_details()
-    values = np.random.default_rng(0).uniform(-0.5, 0.5, entry["shape"]).astype(entry["dtype"])
+    input_details, outputs = model.get_input_details()[0], model.get_output_details()
+    values = (
+        np.random.default_rng(0)
+        .uniform(-0.5, 0.5, input_details["shape"])
+        .astype(input_details["dtype"])
+    )
     if "input_layer_value_files" in flags:
         data = (folder / flags["input_layer_value_files"].split(":")[1]).read_bytes()
-        assert flags["input_layer_shape"] == ",".join(map(str, entry["shape"]))
+        assert flags["input_layer_shape"] == ",".join(map(str, input_details["shape"]))
         if len(data) != values.nbytes:
             say(
                 f"ERROR: The size of input is {len(data)} bytes. It should be {values.nbytes}"
                 " bytes."
             )
             return 134
-        values = np.frombuffer(data, entry["dtype"]).reshape(entry["shape"])
-    model.set_tensor(entry["index"], values)
+        values = np.frombuffer(data, input_details["dtype"]).reshape(input_details["shape"])
+    model.set_tensor(input_details["index"], values)
     for runs, seconds in (("warmup_runs", "warmup_min_secs"), ("num_runs", "min_secs")):
         say(
             f"INFO: Running benchmark for at least {flags[runs]} iterations and at least"
@@ -135,7 +139,7 @@ def litert(flags: dict[str, str], folder: Path, say: Say) -> int:
     )
     if "output_filepath" in flags:
         (folder / flags["output_filepath"]).write_bytes(
-            b"".join(model.get_tensor(exit_["index"]).tobytes() for exit_ in exits)
+            b"".join(model.get_tensor(output["index"]).tobytes() for output in outputs)
         )
     return 0
 
@@ -151,7 +155,7 @@ def _times_us(invoke: Callable[[], Any], runs: int, seconds: float) -> list[int]
 
 
 def _statistics(times_us: list[int]) -> str:
-    """As stats_calculator.h prints them."""
+    """Statistics of the times, as stats_calculator.h prints them."""
     if not times_us:
         return "count=0 p5=0 median=0 p95=0"
     ranked = sorted(times_us)

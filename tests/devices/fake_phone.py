@@ -1,10 +1,10 @@
-"""A phone for tests: the real ``adb`` client and server talk to our ``adbd`` over a
-folder of this machine.
+"""A phone for tests: the real ``adb`` client and server talk to our ``adbd``,
+which serves a folder of this machine.
 
 Its shell is /bin/sh with stand-ins for Android's own programs, and its benchmark_model
-runs LiteRT's real interpreter. Everything that can go wrong with a phone can be made
-to: see ``FakePhone`` and ``Adbd``. ``phone`` and ``phones`` are pytest fixtures; adb's
-server is one of the test session's own, with a home of its own.
+runs LiteRT's real interpreter. Tests can make it fail in every way that a phone can:
+see ``FakePhone`` and ``Adbd``. ``phone`` and ``phones`` are pytest fixtures; the test
+session has its own adb server, with its own home folder.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ OPS = tuple(
 
 STAND_INS = {
     "getprop": 'cat "$PHONE/properties"',
-    # The first line as long as it is the only one; each look at the battery uses one line up.
+    # Each look at the battery uses up one line of $PHONE/celsius; the last one stays.
     "dumpsys": (
         """
 case $1 in
@@ -71,7 +71,7 @@ esac
 
 
 class FakePhone(Adbd):
-    """A phone with four slow, two faster and two fast cores."""
+    """A phone with four slow, two medium and two fast cores."""
 
     def __init__(self, root: Path) -> None:
         bin_folder = root / "system" / "bin"
@@ -109,41 +109,41 @@ class FakePhone(Adbd):
         return self.tool(flags, folder, say)
 
     def set_properties(self, properties: dict[str, str]) -> None:
-        """What ``getprop`` answers."""
+        """Set what ``getprop`` prints."""
         (self.root / "properties").write_text(
             "".join(f"[{name}]: [{value}]\n" for name, value in properties.items())
         )
 
     def set_battery(self, level: int, celsius: list[float]) -> None:
-        """Charge in percent, and the temperatures that it will tell, one at a time; the
-        last one stays.
+        """Set the charge in percent, and the temperatures that successive looks report;
+        the last one stays.
         """
         (self.root / "battery").write_text(BATTERY.format(level=level, tenths="TENTHS"))
         (self.root / "celsius").write_text("".join(f"{round(10 * value)}\n" for value in celsius))
 
     def set_thermal_status(self, status: int) -> None:
-        """0: Android does not throttle."""
+        """Set Android's thermal status; at 0, it does not throttle."""
         (self.root / "thermal").write_text(f"{status}\n")
 
     @property
     def folder(self) -> Path:
-        """Our folder on the phone."""
+        """hwnas's folder on the phone."""
         return self.local("/data/local/tmp/hwnas")
 
     @property
     def masks(self) -> list[str]:
-        """What ``taskset`` was asked, process by process."""
+        """The masks that ``taskset`` was given, one per process."""
         path = self.root / "masks"
         return path.read_text().split() if path.exists() else []
 
     def device(self, **options: str) -> Device:
-        """A document of this phone."""
+        """A device document for this phone."""
         return Device(
             id="fake", soc="none", connection="adb", options={"serial": self.serial, **options}
         )
 
     def connect(self) -> None:
-        """Plug it in, and tell adb's server."""
+        """Plug it in, and connect adb's server to it."""
         self.plug()
         adb("connect", self.serial)
 
@@ -155,14 +155,14 @@ class FakePhone(Adbd):
 
 
 def adb(*arguments: str) -> str:
-    """The real adb."""
+    """The output of the real adb."""
     return subprocess.run(
         ["adb", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     ).stdout
 
 
 def compile_launcher(folder: Path) -> Path:
-    """What hwnas takes for the downloaded benchmark_model: a program of this machine's own kind."""
+    """Compile what hwnas takes for the downloaded benchmark_model, for this machine."""
     source, program = folder / "launcher.c", folder / "benchmark_model"
     source.write_text(fake_benchmark_model.LAUNCHER)
     subprocess.run(["gcc", "-w", "-o", str(program), str(source)], check=True, capture_output=True)
@@ -171,8 +171,8 @@ def compile_launcher(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An adb server of our own, and the program that stands for benchmark_model: its
-    path, also in the environment.
+    """Starts an adb server of our own. Yields the path of the program that stands in
+    for benchmark_model, and puts it in the environment.
     """
     for program, package in (("adb", "adb"), ("gcc", "gcc")):
         if shutil.which(program) is None:
@@ -184,9 +184,12 @@ def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("ANDROID_SERIAL", "ADB_VENDOR_KEYS", "ADB_SERVER_SOCKET"):
             patch.delenv(name, raising=False)
         patch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
-        own = {"HOME": str(home), "ANDROID_USER_HOME": str(home), "ADB_MDNS": "0"}
+        environment = {"HOME": str(home), "ANDROID_USER_HOME": str(home), "ADB_MDNS": "0"}
         subprocess.run(
-            ["adb", "start-server"], env={**os.environ, **own}, check=True, capture_output=True
+            ["adb", "start-server"],
+            env={**os.environ, **environment},
+            check=True,
+            capture_output=True,
         )
         program = compile_launcher(home)
         patch.setenv("HWNAS_BENCHMARK_MODEL", str(program))
@@ -196,20 +199,20 @@ def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def phones(adb_server: Path) -> Iterator[Callable[[], FakePhone]]:
-    """Makes phones that are plugged in and connected."""
-    made: list[FakePhone] = []
-    # short: a Unix socket's path has a limit
+    """A function that makes phones, plugged in and connected."""
+    connected: list[FakePhone] = []
+    # a short path: that of a Unix socket has a length limit
     with tempfile.TemporaryDirectory(prefix="phones-") as folder:
 
         def make() -> FakePhone:
-            root = Path(folder) / str(len(made))
+            root = Path(folder) / str(len(connected))
             root.mkdir()
-            made.append(FakePhone(root))
-            made[-1].connect()
-            return made[-1]
+            connected.append(FakePhone(root))
+            connected[-1].connect()
+            return connected[-1]
 
         yield make
-        for phone in made:
+        for phone in connected:
             with suppress(OSError):
                 phone.close()
 
@@ -221,7 +224,7 @@ def phone(phones: Callable[[], FakePhone]) -> FakePhone:
 
 
 def plan(count: int = 3, runtime: str = "litert", **changes: Any) -> dict[str, Any]:
-    """Small models, two processes of a few milliseconds each."""
+    """A plan of small models, each timed by two processes for a few milliseconds."""
     items = [
         {
             "id": op.key,
@@ -243,10 +246,10 @@ def plan(count: int = 3, runtime: str = "litert", **changes: Any) -> dict[str, A
     }
 
 
-def sorted_out(
+def split_rows(
     rows: Iterator[dict[str, Any]],
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[str], list[dict[str, Any]]]:
-    """Header, rows of items, notes, conditions."""
+    """The header, the rows of items, the notes and the conditions."""
     header, *others = rows
     items = [row for row in others if "id" in row]
     notes, conditions = (

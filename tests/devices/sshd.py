@@ -1,4 +1,4 @@
-"""A real OpenSSH server on loopback: port, keys and home folder of its own, and nothing
+"""A real OpenSSH server on loopback, with its own port, keys and home folder, and none
 of the user's settings.
 """
 
@@ -58,7 +58,9 @@ Host *
 
 
 class Server:
-    """A running server. ``config`` is an ssh_config file in which it is called ``board``."""
+    """A running server. ``config`` is an ssh_config file in which it is called
+    ``board``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config, self.home = folder, folder / "config", folder / "home"
@@ -84,37 +86,39 @@ class Server:
             )
 
     def trust(self, key: str) -> None:
-        """Let clients expect this host key."""
+        """Make clients expect this host key."""
         public = (self.folder / f"{key}.pub").read_text()
         (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {public}")
 
     def device(self, **options: str) -> Device:
-        """The server as a device that runs this interpreter and keeps models in ``home/models``."""
-        usual = {
+        """The server as a device that uses this interpreter and keeps models in
+        ``home/models``.
+        """
+        defaults = {
             "host": "board",
             "config": str(self.config),
             "python": sys.executable,
             "folder": "models",
         }
         return Device(
-            id="board", soc="a loopback server", connection="ssh", options={**usual, **options}
+            id="board", soc="a loopback server", connection="ssh", options={**defaults, **options}
         )
 
     def processes(self) -> list[int]:
-        """The sessions of the server and everything that runs in them, parents first."""
+        """The server's sessions and everything that runs in them, parents first."""
         parents = {}
         for status in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 parents[int(status.parent.name)] = int(
                     status.read_text().rpartition(")")[2].split()[1]
                 )
-        found = [self.process.pid]
-        for pid in found:
-            found += [child for child, parent in sorted(parents.items()) if parent == pid]
-        return found[1:]
+        pids = [self.process.pid]
+        for pid in pids:  # the list grows as it is walked
+            pids += [child for child, parent in sorted(parents.items()) if parent == pid]
+        return pids[1:]
 
     def runners(self) -> list[int]:
-        """The runners at work: Python processes that were given their program on stdin."""
+        """The runners at work: Python processes that got their program on stdin."""
         return [
             pid
             for pid in self.processes()
@@ -122,11 +126,11 @@ class Server:
         ]
 
     def sessions(self) -> list[int]:
-        """The server's own processes for its connections."""
+        """The server's own processes that handle its connections."""
         return [pid for pid in self.processes() if command_line(pid)[0].startswith("sshd")]
 
     def stop(self) -> None:
-        """End the server and all that runs in it."""
+        """Kill the server and everything that runs in it."""
         for pid in [self.process.pid, *self.processes()]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
@@ -151,7 +155,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pids: list[int], seconds: float = 10.0) -> bool:
-    """Whether all of these processes end within a time."""
+    """Whether all of these processes end within ``seconds``."""
     give_up = time.monotonic() + seconds
     while any(map(alive, pids)) and time.monotonic() < give_up:
         time.sleep(0.02)
@@ -160,11 +164,11 @@ def gone(pids: list[int], seconds: float = 10.0) -> bool:
 
 @contextmanager
 def running(folder: Path) -> Iterator[Server]:
-    """A server with its files in ``folder``. Skips the test where there can be none."""
+    """Run a server with its files in ``folder``. Skips the test if none can run."""
     if SSHD is None or shutil.which("ssh") is None:
-        pytest.skip("there is no OpenSSH server or client here (sudo apt install openssh-server)")
+        pytest.skip("needs an OpenSSH server and client (sudo apt install openssh-server)")
     if not Path("/proc/self/stat").exists():
-        pytest.skip("this server is watched through /proc, which is not here")
+        pytest.skip("needs /proc, through which this server is watched")
     if os.geteuid() == 0:
         PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
     server = Server(folder)
@@ -180,7 +184,7 @@ def running(folder: Path) -> Iterator[Server]:
             time.sleep(0.05)
         log = server.log.read_text()
         if "account is locked" in log or "Missing privilege separation directory" in log:
-            pytest.skip(f"sshd lets nobody in: {log.strip().splitlines()[-1]}")
+            pytest.skip(f"sshd refuses every login: {log.strip().splitlines()[-1]}")
         assert done.returncode == 0, log + done.stderr.decode()
         yield server
     finally:
@@ -190,7 +194,7 @@ def running(folder: Path) -> Iterator[Server]:
 def plan(
     ops: tuple[Op, ...] = OPS, runtime: str = "litert", rounds: int = 1, **settings: Any
 ) -> dict[str, Any]:
-    """A plan of some blocks, for the last core of this computer, which is the board."""
+    """A plan that times blocks on the last core of this computer, the board."""
     items = [
         {
             "id": op.key,

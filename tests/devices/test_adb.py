@@ -1,5 +1,5 @@
-"""Phones over adb: the real adb client and server, a phone of ours (fake_phone.py) that
-runs real models, and all that goes wrong.
+"""Phones over adb: the real adb client and server, a fake phone (fake_phone.py) that
+runs real models, and everything that can go wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hwnas.export.tflite_detector import tasks
 from hwnas.export.tflite_writer import write_heads
 from hwnas.export.timing import timing_file
 from tests.devices import fake_benchmark_model
-from tests.devices.fake_phone import OPS, FakePhone, adb_server, phone, phones, plan, sorted_out
+from tests.devices.fake_phone import OPS, FakePhone, adb_server, phone, phones, plan, split_rows
 from tests.export.detectors import images, lively_network, run_tflite
 
 __all__ = ["adb_server", "phone", "phones"]  # fixtures
@@ -39,8 +39,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def announced(rows: Iterator[dict[str, Any]], first: threading.Event) -> Iterator[dict[str, Any]]:
-    """The rows, and a sign when the first one of an item is here: what comes later than
-    that cannot undo it.
+    """Yield the rows, and set ``first`` as soon as one of an item has arrived: tests
+    wait for it before they unplug the phone, so that this row cannot be lost.
     """
     for row in rows:
         if "id" in row:
@@ -54,7 +54,7 @@ def ids(wanted: dict[str, Any]) -> list[str]:
 
 def test_measures(phone: FakePhone, tmp_path: Path) -> None:
     wanted = plan(warmup_ms=1.0)
-    header, rows, notes, conditions = sorted_out(Adb(phone.device()).measure(wanted, tmp_path))
+    header, rows, notes, conditions = split_rows(Adb(phone.device()).measure(wanted, tmp_path))
     assert header["runtime_package"] == "benchmark_model xnnpack"
     assert header["runtime_version"].startswith("sha256:")
     assert header["cpu"] == "Google Tensor"
@@ -87,33 +87,33 @@ def test_measures(phone: FakePhone, tmp_path: Path) -> None:
         run["warmup_min_secs"] for run in phone.runs
     } == {"0.001000"}
     left = sorted(path.name.partition("-")[0] for path in phone.folder.iterdir())
-    assert left == ["benchmark_model", "models"], "neither the run's folder nor its lock"
+    assert left == ["benchmark_model", "models"], "the run's folder and its lock are gone"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_later_rounds_send_nothing_again(
+def test_later_rounds_send_no_model_again(
     phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Models go over once, many in one push; later only the list and the script do."""
+    """Models are sent once, many in one push; later, only the list and script are."""
     sent: list[int] = []
     phone.on_received = sent.append
     device, wanted = Adb(phone.device()), plan(5)
-    assert len(sorted_out(device.measure(wanted, tmp_path))[1]) == 5
+    assert len(split_rows(device.measure(wanted, tmp_path))[1]) == 5
     models = sum(Path(item["path"]).stat().st_size for item in wanted["items"])
     assert sum(sent) > models
     sent.clear()
-    assert len(sorted_out(device.measure(wanted, tmp_path))[1]) == 5
+    assert len(split_rows(device.measure(wanted, tmp_path))[1]) == 5
     assert sum(sent) < 10_000
     sent.clear()
     monkeypatch.setattr(adb_module, "BATCH_ITEMS", 2)
-    _, rows, _, conditions = sorted_out(device.measure(wanted, tmp_path))
+    _, rows, _, conditions = split_rows(device.measure(wanted, tmp_path))
     assert [row["id"] for row in rows] == ids(wanted)
     assert len(conditions) == 4, "before and after each of three batches"
 
 
 @pytest.mark.slow
-def test_rows_come_as_they_are_measured(phone: FakePhone, tmp_path: Path) -> None:
-    """And leaving early ends the batch on the phone, and removes what was put there for it."""
+def test_rows_arrive_as_they_are_measured(phone: FakePhone, tmp_path: Path) -> None:
+    """Leaving early ends the batch on the phone and removes the batch's files."""
     wanted = plan(2)
     wanted["items"] = [{**wanted["items"][0], "round": number} for number in range(30)]
     wanted["min_ms"] = 400.0
@@ -122,7 +122,7 @@ def test_rows_come_as_they_are_measured(phone: FakePhone, tmp_path: Path) -> Non
     assert len(phone.runs) <= 4
     rows.close()
     deadline, count = time.monotonic() + 40, -1  # a busy computer notices late
-    while count != len(phone.runs) and time.monotonic() < deadline:  # of 150 that were due
+    while count != len(phone.runs) and time.monotonic() < deadline:
         count = len(phone.runs)
         time.sleep(1.0)
     assert len(phone.runs) == count < 120
@@ -130,7 +130,7 @@ def test_rows_come_as_they_are_measured(phone: FakePhone, tmp_path: Path) -> Non
 
 
 def test_without_cores(phone: FakePhone, tmp_path: Path) -> None:
-    header, rows, _, _ = sorted_out(Adb(phone.device()).measure(plan(1, cores=None), tmp_path))
+    header, rows, _, _ = split_rows(Adb(phone.device()).measure(plan(1, cores=None), tmp_path))
     assert header["cores"] == "unknown" and len(rows) == 1 and phone.masks == []
 
 
@@ -141,14 +141,14 @@ def test_without_cores(phone: FakePhone, tmp_path: Path) -> None:
 def test_delegates(
     delegate: str, flag: str, delegated: bool | str, phone: FakePhone, tmp_path: Path
 ) -> None:
-    header, rows, _, _ = sorted_out(Adb(phone.device(delegate=delegate)).measure(plan(1), tmp_path))
+    header, rows, _, _ = split_rows(Adb(phone.device(delegate=delegate)).measure(plan(1), tmp_path))
     assert phone.runs[0][flag] == ("true" if delegate == "gpu" else "false")
     assert header["runtime_package"] == f"benchmark_model {delegate}"
     assert rows[0]["delegated"] == delegated
 
 
 def test_cores(phone: FakePhone, tmp_path: Path) -> None:
-    """The fastest ones, unless the document names others."""
+    """The fastest cores are used, unless the document names others."""
     device = Adb(phone.device())
     assert device.cores(1) == (7,)
     assert device.cores(3) == (5, 6, 7)
@@ -200,7 +200,7 @@ def test_wrong_options_are_refused_without_a_phone(options: dict[str, str], comp
 
 
 def test_unplugged_while_it_runs(phone: FakePhone, tmp_path: Path) -> None:
-    """It goes on when the phone is back, with the items that have no row yet."""
+    """Measuring resumes when the phone is back, with the items that have no row yet."""
     first = threading.Event()
 
     def pull_the_plug(count: int) -> None:
@@ -211,7 +211,7 @@ def test_unplugged_while_it_runs(phone: FakePhone, tmp_path: Path) -> None:
 
     phone.on_run = pull_the_plug
     wanted = plan(4)
-    _, rows, notes, _ = sorted_out(announced(Adb(phone.device()).measure(wanted, tmp_path), first))
+    _, rows, notes, _ = split_rows(announced(Adb(phone.device()).measure(wanted, tmp_path), first))
     assert [row["id"] for row in rows] == ids(wanted)
     assert all(len(row["ms"]) == 2 for row in rows)
     assert notes == [
@@ -227,7 +227,7 @@ def test_unplugged_while_it_runs(phone: FakePhone, tmp_path: Path) -> None:
 
 
 def test_unplugged_while_models_are_sent(phone: FakePhone, tmp_path: Path) -> None:
-    """Half of a model never gets among the models."""
+    """A model that was sent only in part never ends up among the models."""
     received = 0
 
     def pull_the_plug(count_bytes: int) -> None:
@@ -240,7 +240,7 @@ def test_unplugged_while_models_are_sent(phone: FakePhone, tmp_path: Path) -> No
 
     phone.on_received = pull_the_plug
     wanted = plan(3)
-    _, rows, notes, _ = sorted_out(Adb(phone.device()).measure(wanted, tmp_path))
+    _, rows, notes, _ = split_rows(Adb(phone.device()).measure(wanted, tmp_path))
     assert [row["id"] for row in rows] == ids(wanted) and all("ms" in row for row in rows)
     assert len(notes) == 2
     sizes = sorted(Path(item["path"]).stat().st_size for item in wanted["items"])
@@ -248,17 +248,17 @@ def test_unplugged_while_models_are_sent(phone: FakePhone, tmp_path: Path) -> No
 
 
 def test_unplugged_between_two_calls(phone: FakePhone, tmp_path: Path) -> None:
-    """A phone that was there once is waited for."""
+    """A phone that was once attached is waited for."""
     device = Adb(phone.device())
     list(device.measure(plan(1), tmp_path))
     phone.unplug()
     threading.Timer(0.3, phone.plug).start()
-    header, rows, notes, _ = sorted_out(reversed_notes(device.measure(plan(1), tmp_path)))
+    header, rows, notes, _ = split_rows(header_first(device.measure(plan(1), tmp_path)))
     assert "runner" in header and len(rows) == 1 and len(notes) == 2
 
 
-def reversed_notes(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The header first: notes may come before it, as the phone was not there to ask."""
+def header_first(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows, header first: notes precede it if the phone was away at the start."""
     return iter(sorted(rows, key=lambda row: "runner" not in row))
 
 
@@ -272,20 +272,20 @@ def test_a_phone_that_does_not_come_back(phone: FakePhone, tmp_path: Path) -> No
 
     phone.on_run = pull_the_plug
     rows = announced(Adb(phone.device(wait_s="0.3")).measure(plan(3), tmp_path), first)
-    got = []
+    received = []
     with pytest.raises(
         DeviceError,
         match=r"fake did not come back within 0\.3 s: plug it in, and run the same command again to resume",
     ):
         for row in rows:
-            got.append(row)
-    assert [row["id"] for row in got if "id" in row] == [OPS[0].key], (
-        "what was measured before is out"
+            received.append(row)
+    assert [row["id"] for row in received if "id" in row] == [OPS[0].key], (
+        "rows measured before that have been yielded"
     )
 
 
 def test_a_model_that_kills_the_phone(phone: FakePhone, tmp_path: Path) -> None:
-    """It is named, and not tried for ever."""
+    """It is named, and not retried forever."""
     first = threading.Event()
 
     def die(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
@@ -316,7 +316,7 @@ def test_a_model_that_kills_the_phone(phone: FakePhone, tmp_path: Path) -> None:
     ],
 )
 def test_garbage_from_the_tool(output: list[str], phone: FakePhone, tmp_path: Path) -> None:
-    """An error of that item, once, and no value of its other processes gets into the
+    """One error for that item, and no value from its other processes ends up in the
     next item's.
     """
 
@@ -328,13 +328,14 @@ def test_garbage_from_the_tool(output: list[str], phone: FakePhone, tmp_path: Pa
             "Running benchmark for at least 5",
             f"count=5 curr={count}000",
         ]
+        # the fourth run is the first of the second model's three processes
         for line in output if count == 4 else good:
             say(line)
         return 0
 
     phone.tool = garbage
     wanted = plan(3, min_runs=3)
-    _, rows, _, _ = sorted_out(Adb(phone.device()).measure(wanted, tmp_path))
+    _, rows, _, _ = split_rows(Adb(phone.device()).measure(wanted, tmp_path))
     assert [row["id"] for row in rows] == ids(wanted)
     assert [row.get("ms") for row in rows] == [[1.0, 2.0, 3.0], None, [7.0, 8.0, 9.0]]
     assert rows[1]["error"].startswith("its output has no statistics in a format that hwnas knows")
@@ -342,47 +343,47 @@ def test_garbage_from_the_tool(output: list[str], phone: FakePhone, tmp_path: Pa
 
 def test_a_crash_of_the_tool(phone: FakePhone, tmp_path: Path) -> None:
     phone.tool = lambda flags, folder, say: 139
-    _, rows, _, _ = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
+    _, rows, _, _ = split_rows(Adb(phone.device()).measure(plan(1), tmp_path))
     assert rows == [{"id": OPS[0].key, "round": 0, "error": "killed by signal 11: nothing"}]
 
 
 def test_waits_for_a_hot_phone(phone: FakePhone, tmp_path: Path) -> None:
     phone.set_battery(81, [44.0, 43.0, 39.0, 37.9])
-    _, rows, notes, conditions = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
+    _, rows, notes, conditions = split_rows(Adb(phone.device()).measure(plan(1), tmp_path))
     assert len(rows) == 1
     assert notes == ["fake is hot (44 °C): waiting until it is at 38 °C or below"]
     assert [row["celsius"] for row in conditions] == [44.0, 37.9]
 
 
-def test_does_not_wait_for_ever(
+def test_does_not_wait_forever(
     phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A phone that stays throttled is measured after a while, and not waited for again."""
+    """A phone that stays throttled is measured after a while, without another wait."""
     monkeypatch.setattr(adb_module, "COOL_DOWN_S", 0.2)
     monkeypatch.setattr(adb_module, "BATCH_ITEMS", 1)
     phone.set_thermal_status(2)
-    _, rows, notes, _ = sorted_out(Adb(phone.device()).measure(plan(2), tmp_path))
+    _, rows, notes, _ = split_rows(Adb(phone.device()).measure(plan(2), tmp_path))
     assert len(rows) == 2
     assert len(notes) == 2 and "is still hot (throttled by Android (thermal status 2))" in notes[1]
 
 
-def test_says_that_the_battery_is_low(phone: FakePhone, tmp_path: Path) -> None:
+def test_a_low_battery_is_reported(phone: FakePhone, tmp_path: Path) -> None:
     phone.set_battery(9, [25.0])
-    _, _, notes, _ = sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))
+    _, _, notes, _ = split_rows(Adb(phone.device()).measure(plan(1), tmp_path))
     assert notes == [
         "the battery of fake is at 9 %: phones with a low battery are slower, so charge it"
     ]
 
 
 def test_two_phones_at_once(phones: Callable[[], FakePhone], tmp_path: Path) -> None:
-    """Each measures its own models, at the same time, out of one work folder."""
+    """Each measures its own models, at the same time, from the same work folder."""
     both = [phones(), phones()]
     wanted = [plan(3), plan(3) | {"items": plan(6)["items"][3:]}]
     assert ids(wanted[0]) != ids(wanted[1])
     meeting = threading.Barrier(2, timeout=20)
-    for each in both:
+    for fake in both:
         # neither starts before the other
-        each.on_run = lambda count: meeting.wait() if count == 1 else None
+        fake.on_run = lambda count: meeting.wait() if count == 1 else None
     with ThreadPoolExecutor() as pool:
         results = list(
             pool.map(
@@ -390,19 +391,19 @@ def test_two_phones_at_once(phones: Callable[[], FakePhone], tmp_path: Path) -> 
                 zip(both, wanted, strict=True),
             )
         )
-    for each, asked, rows in zip(both, wanted, results, strict=True):
-        assert [row["id"] for row in rows if "id" in row] == ids(asked)
-        assert len({run["graph"] for run in each.runs}) == 3
-        assert len(list((each.folder / "models").iterdir())) == 3
+    for fake, plan_of_fake, rows in zip(both, wanted, results, strict=True):
+        assert [row["id"] for row in rows if "id" in row] == ids(plan_of_fake)
+        assert len({run["graph"] for run in fake.runs}) == 3
+        assert len(list((fake.folder / "models").iterdir())) == 3
 
 
 def test_two_runs_on_one_phone(phone: FakePhone, tmp_path: Path) -> None:
-    """They share the models, and never run at the same moment."""
-    running, together = [0], [0]
+    """They share the models, and never run at the same time."""
+    running, most_at_once = [0], [0]
 
     def count(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
         running[0] += 1
-        together[0] = max(together[0], running[0])
+        most_at_once[0] = max(most_at_once[0], running[0])
         time.sleep(0.05)
         status = fake_benchmark_model.litert(flags, folder, say)
         running[0] -= 1
@@ -412,11 +413,11 @@ def test_two_runs_on_one_phone(phone: FakePhone, tmp_path: Path) -> None:
     wanted = plan(4)
     with ThreadPoolExecutor() as pool:
         results = list(
-            pool.map(lambda _: sorted_out(Adb(phone.device()).measure(wanted, tmp_path)), range(2))
+            pool.map(lambda _: split_rows(Adb(phone.device()).measure(wanted, tmp_path)), range(2))
         )
     for _, rows, _, _ in results:
         assert [row["id"] for row in rows] == ids(wanted) and all("ms" in row for row in rows)
-    assert together == [1]
+    assert most_at_once == [1]
     assert [note for _, _, notes, _ in results for note in notes] == [
         "another run is using fake: waiting for it to finish"
     ]
@@ -426,23 +427,24 @@ def test_two_runs_on_one_phone(phone: FakePhone, tmp_path: Path) -> None:
 def test_predicts_as_this_computer_does(
     dtype: str, phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In several parts, and through an unplugging."""
+    """In several parts, and across an unplugging."""
     model = timing_file((OPS[1], Classifier(8, 8, 10)), "litert", dtype)
     images = np.random.default_rng(0).standard_normal((7, 8, 8, 8)).astype(np.float32)
+    # room for three images in a part
     monkeypatch.setattr(adb_module, "INPUT_BYTES", 3 * 8 * 8 * 8 * (4 if dtype == "fp32" else 1))
 
     def pull_the_plug(count: int) -> None:
-        if count == 5:
+        if count == 5:  # the second image of the second part
             phone.unplug()
             threading.Timer(0.2, phone.plug).start()
 
     phone.on_run = pull_the_plug
-    found = Adb(phone.device()).predict(model, images, tmp_path)
-    assert found.shape == (7, 10) and found.dtype == np.float32
-    assert np.array_equal(found, Host(HOST).predict(model, images, tmp_path))
-    assert found.std() > 1e-3
+    outputs = Adb(phone.device()).predict(model, images, tmp_path)
+    assert outputs.shape == (7, 10) and outputs.dtype == np.float32
+    assert np.array_equal(outputs, Host(HOST).predict(model, images, tmp_path))
+    assert outputs.std() > 1e-3
     assert 3 + 2 + 3 + 1 <= len(phone.runs) <= 3 + 3 + 3 + 1, (
-        "only the part that was cut off is computed again"
+        "only the interrupted part is computed again"
     )
     assert not list(phone.folder.glob("run-*")) and list(tmp_path.iterdir()) == []
 
@@ -450,29 +452,29 @@ def test_predicts_as_this_computer_does(
 def test_predicts_several_outputs_in_a_row(
     phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A detector's four, as the tool writes them: one after another, image by image, in
-    two parts.
+    """The four of a detector, as the tool writes them: image by image, one output after
+    another, in two parts.
     """
     network = lively_network()
     model = tmp_path / "detector.tflite"
     model.write_bytes(tasks(write_heads(network), network, PostProcessing(detections=5)))
     x_NHWC = np.ascontiguousarray(images().permute(0, 2, 3, 1).numpy())
     monkeypatch.setattr(adb_module, "INPUT_BYTES", 2 * x_NHWC[0].nbytes)
-    found = Adb(phone.device()).predict(model, x_NHWC, tmp_path)
-    assert found.shape == (3, 5 * 4 + 5 + 5 + 1) and found[:, -1].tolist() == [5, 5, 5]
-    assert np.array_equal(found, Host(HOST).predict(model, x_NHWC, tmp_path))
-    apart = [
+    rows = Adb(phone.device()).predict(model, x_NHWC, tmp_path)
+    assert rows.shape == (3, 5 * 4 + 5 + 5 + 1) and rows[:, -1].tolist() == [5, 5, 5]
+    assert np.array_equal(rows, Host(HOST).predict(model, x_NHWC, tmp_path))
+    expected = [
         np.concatenate([value.reshape(-1) for value in outputs.values()])
         for outputs in run_tflite(model.read_bytes(), images())
     ]
-    np.testing.assert_allclose(found, np.stack(apart), atol=1e-5)
+    np.testing.assert_allclose(rows, np.stack(expected), atol=1e-5)
 
 
-def test_outputs_that_arrive_cut_off(
+def test_outputs_that_arrive_truncated(
     phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    received = AdbSession.receive
-    monkeypatch.setattr(AdbSession, "receive", lambda session, name: received(session, name)[:-6])
+    receive = AdbSession.receive
+    monkeypatch.setattr(AdbSession, "receive", lambda session, name: receive(session, name)[:-6])
     with pytest.raises(
         DeviceError,
         match=r"fake sent 4090 bytes of outputs of \S+\.tflite instead of 4096: run the command again",
@@ -490,7 +492,7 @@ def test_predict_with_a_broken_model(phone: FakePhone, tmp_path: Path) -> None:
 
 
 def test_predict_with_a_tool_that_writes_nothing(phone: FakePhone, tmp_path: Path) -> None:
-    """An old build takes --output_filepath for an unknown flag, and goes on."""
+    """An old build ignores --output_filepath, which it does not know."""
 
     def old(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
         return fake_benchmark_model.litert(
@@ -509,7 +511,7 @@ def test_predict_with_a_tool_that_writes_nothing(phone: FakePhone, tmp_path: Pat
         Adb(phone.device()).predict(model, np.zeros((2, 8, 8, 8), np.float32), tmp_path)
 
 
-def test_predict_where_the_tool_fails(phone: FakePhone, tmp_path: Path) -> None:
+def test_predict_with_a_tool_that_fails(phone: FakePhone, tmp_path: Path) -> None:
     def failing(flags: dict[str, str], folder: Path, say: fake_benchmark_model.Say) -> int:
         say("ERROR: Failed to apply XNNPACK delegate.")
         return 1

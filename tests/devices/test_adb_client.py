@@ -1,4 +1,4 @@
-"""The adb program, and phones that it knows in all their states."""
+"""The adb program, and phones in every state that it reports."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def test_not_attached(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.Monk
     assert Adb(Device(id="any", soc="none", connection="adb")).cores(1) == (7,)
 
 
-def test_which_one(phones: Callable[[], FakePhone]) -> None:
-    """The only one needs no name; of several, one has to be named."""
-    anyone = Device(id="any", soc="none", connection="adb")
+def test_which_phone_is_used(phones: Callable[[], FakePhone]) -> None:
+    """A single phone need not be named; of several, one must be."""
+    any_phone = Device(id="any", soc="none", connection="adb")
     with pytest.raises(
         DeviceError, match="no phone is attached: plug one in and allow USB debugging"
     ):
-        Adb(anyone).cores(1)
+        Adb(any_phone).cores(1)
     serials = {phones().serial}
-    assert Adb(anyone).cores(1) == (7,)
+    assert Adb(any_phone).cores(1) == (7,)
     serials.add(phones().serial)
     with pytest.raises(
         DeviceError,
         match=r"2 phones are attached \(\S+, \S+\): choose one with device\.name = 'adb:SERIAL'",
     ) as caught:
-        Adb(anyone).cores(1)
+        Adb(any_phone).cores(1)
     assert all(serial in str(caught.value) for serial in serials)
 
 
@@ -95,7 +95,7 @@ def test_without_adb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_attached_phones(phone: FakePhone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A running server is asked; none is started."""
+    """They come from a running server; none is started."""
     assert attached_phones() == {phone.serial: "Fake Phone"}
     monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", "1")
     started = time.monotonic()

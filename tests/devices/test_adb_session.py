@@ -1,4 +1,4 @@
-"""What gets onto a phone, and what does not."""
+"""What is put on a phone, and what is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from hwnas.devices.adb import Adb
 from hwnas.errors import DeviceError
-from tests.devices.fake_phone import FakePhone, adb_server, phone, phones, plan, sorted_out
+from tests.devices.fake_phone import FakePhone, adb_server, phone, phones, plan, split_rows
 
 __all__ = ["adb_server", "phone", "phones"]  # fixtures
 
@@ -53,7 +53,7 @@ def test_a_tool_for_another_phone(phone: FakePhone, tmp_path: Path) -> None:
     assert phone.runs == [] and not phone.folder.exists()
 
 
-def test_a_tool_that_is_none(
+def test_a_tool_that_is_missing_or_not_a_program(
     phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "benchmark_model"
@@ -87,17 +87,19 @@ def test_a_tool_that_is_none(
         Adb(phone.device()).runtimes()
 
 
-def test_found_on_path(phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the name that it is downloaded under, executable or not."""
+def test_the_tool_is_found_on_the_path(
+    phone: FakePhone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the name that it is downloaded with, executable or not."""
     shutil.copy(os.environ["HWNAS_BENCHMARK_MODEL"], tmp_path / "android_aarch64_benchmark_model")
     (tmp_path / "android_aarch64_benchmark_model").chmod(0o644)
     monkeypatch.delenv("HWNAS_BENCHMARK_MODEL")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert len(sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))[1]) == 1
+    assert len(split_rows(Adb(phone.device()).measure(plan(1), tmp_path))[1]) == 1
 
 
 def test_the_lock_of_a_dead_run_is_broken(phone: FakePhone, tmp_path: Path) -> None:
     phone.folder.mkdir()
-    # a process that lives, but is none of ours
+    # a live process, but not one of our runs
     (phone.folder / "lock").symlink_to(str(os.getpid()))
-    assert len(sorted_out(Adb(phone.device()).measure(plan(1), tmp_path))[1]) == 1
+    assert len(split_rows(Adb(phone.device()).measure(plan(1), tmp_path))[1]) == 1

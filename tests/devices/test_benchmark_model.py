@@ -1,5 +1,5 @@
-"""benchmark_model's output, as builds of eight years have printed it, and the flags
-that it gets.
+"""benchmark_model's output, as builds from eight years have printed it, and the flags
+that it is given.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def lines(name: str) -> list[str]:
     ],
 )
 def test_golden(name: str, delegate: str, ms: float, runs: int, delegated: bool | str) -> None:
-    """The timed runs, not the warm-up before them: their median where it is printed,
-    else their average.
+    """The timed runs, not the warm-up before them: their median if it is printed,
+    otherwise their average.
     """
-    found = tool.parse(lines(name), 0, delegate)
-    assert found.ms == pytest.approx(ms, rel=1e-6)
-    assert (found.runs, found.delegated) == (runs, delegated)
+    timing = tool.parse(lines(name), 0, delegate)
+    assert timing.ms == pytest.approx(ms, rel=1e-6)
+    assert (timing.runs, timing.delegated) == (runs, delegated)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_failures_in_the_tools_own_words(name: str, status: int, why: str) -> No
     assert str(caught.value).startswith(why)
 
 
-def test_a_gpu_that_compiles_nothing() -> None:
+def test_a_gpu_that_cannot_compile_the_model() -> None:
     with pytest.raises(
         tool.BenchmarkError, match=r"^Failed to build program executable - Build program failure"
     ):
@@ -79,8 +79,8 @@ def test_a_gpu_that_compiles_nothing() -> None:
     [
         [],
         ["\x00\xff garbage", "count=7"],
-        lines("2023-cpu")[:8],  # the warm-up alone
-        lines("2023-cpu")[:9],  # the timed runs announced, and nothing of them
+        lines("2023-cpu")[:8],  # only the warm-up
+        lines("2023-cpu")[:9],  # the timed runs are announced, but none follow
         [
             "Running benchmark for at least 1",
             "count=1 curr=5",
@@ -90,12 +90,12 @@ def test_a_gpu_that_compiles_nothing() -> None:
     ],
 )
 def test_what_does_not_parse(output: list[str]) -> None:
-    """Status 0 and no result is an error, never a time."""
+    """Status 0 without a result is an error, never a time."""
     with pytest.raises(tool.BenchmarkError):
         tool.parse(output, 0)
 
 
-def test_runs_that_took_all_the_same() -> None:
+def test_runs_that_all_took_the_same_time() -> None:
     output = [
         "Running benchmark for at least 1",
         "count=2 curr=9(all same)",
@@ -111,8 +111,8 @@ def test_runs_that_took_all_the_same() -> None:
 
 
 def test_times_finer_than_the_tools_clock() -> None:
-    """Nine runs of 4 or 5 us and one interrupted: the average tells tenths, and the
-    slowest run is not in it.
+    """Nine runs of 4 or 5 us and one that was interrupted: the average resolves tenths,
+    and leaves out the slowest run.
     """
     times_us = [4, 5, 4, 5, 4, 5, 4, 5, 4, 900]
     phase = "Running benchmark for at least 1"
@@ -127,7 +127,7 @@ def test_times_finer_than_the_tools_clock() -> None:
 
 
 def test_timing_flags() -> None:
-    """The plan's least time is shared out among the processes; the warm-up is each one's own."""
+    """The processes divide the plan's minimum time; each does the full warm-up."""
     plan = {"threads": 4, "min_ms": 100.0, "min_runs": 4, "warmup_ms": 30.0}
     assert tool.processes(plan) == 4
     assert tool.timing_flags(plan, "gpu") == [
@@ -143,7 +143,7 @@ def test_timing_flags() -> None:
 
 
 def test_prediction_flags() -> None:
-    """Nothing in them comes from a file's own text."""
+    """They contain no text from a file."""
     flags = tool.prediction_flags(np.array([1, 32, 32, 3]), "xnnpack")
     assert (
         "--input_layer_shape=1,32,32,3" in flags
@@ -152,15 +152,15 @@ def test_prediction_flags() -> None:
     assert "--output_filepath=output" in flags and "--use_xnnpack=true" in flags
 
 
-def header(bits: int, machine: int) -> bytes:
+def elf_header(bits: int, machine: int) -> bytes:
     return b"\x7fELF" + bytes([bits, 1]) + bytes(12) + machine.to_bytes(2, "little")
 
 
 def test_abi() -> None:
-    assert tool.abi(header(2, 183)) == "arm64-v8a"
-    assert tool.abi(header(1, 40)) == "armeabi-v7a"
-    assert tool.abi(header(2, 62)) == "x86_64"
-    assert tool.abi(header(2, 8)) == "machine 8"
+    assert tool.abi(elf_header(2, 183)) == "arm64-v8a"
+    assert tool.abi(elf_header(1, 40)) == "armeabi-v7a"
+    assert tool.abi(elf_header(2, 62)) == "x86_64"
+    assert tool.abi(elf_header(2, 8)) == "machine 8"
     assert tool.abi(b"#!/bin/sh\necho this is a script\n") is None
     assert tool.abi(b"\x7fELF") is None
 
@@ -180,11 +180,11 @@ def test_quantises_like_the_runner() -> None:
     images = np.random.default_rng(0).normal(0, 2, (3, 4, 4, 2)).astype(np.float32)
     entry = {"dtype": np.int8, "quantization": (0.02, -7), "shape": np.array([1, 4, 4, 2])}
     data = tool.to_inputs(images, entry)
-    judge = runner()
-    assert data == judge.quantise(images, entry).tobytes()
+    reference = runner()
+    assert data == reference.quantise(images, entry).tobytes()
     back = tool.from_outputs(data, [entry])
     assert back.shape == images.shape and back.dtype == np.float32
-    assert np.array_equal(back, judge.dequantise(judge.quantise(images, entry), entry))
+    assert np.array_equal(back, reference.dequantise(reference.quantise(images, entry), entry))
     float_entry = {"dtype": np.float32, "quantization": (0.0, 0), "shape": np.array([1, 4, 4, 2])}
     assert np.array_equal(
         tool.from_outputs(tool.to_inputs(images, float_entry), [float_entry]), images
@@ -210,7 +210,7 @@ def test_several_outputs_become_a_row_per_image() -> None:
         tool.from_outputs(b"".join(images)[:-1], [floats, integers])
 
 
-def test_pixels_are_inputs_as_they_are() -> None:
+def test_pixels_are_passed_on_unchanged() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3)
     assert (
         tool.to_inputs(pixels[:, :, ::-1], {"dtype": np.uint8, "quantization": (1 / 255, 0)})

@@ -66,12 +66,14 @@ def test_measures(runtime: str, dtype: str, ops: int, tmp_path: Path) -> None:
         assert min(row["ms"]) > 0
         assert sum(row["ms"]) >= 5.0 or len(row["ms"]) == 200
         medians.setdefault(row["id"], []).append(float(np.median(row["ms"])))
-    if ops == 2:  # 250 times the multiplications
+    if ops == 2:  # it has 250 times as many multiplications
         assert min(medians[LARGE.key]) > 5 * max(medians[SMALL.key])
 
 
 def test_rows_arrive_as_they_are_measured(tmp_path: Path) -> None:
-    """The first row is here long before the last one is due, and leaving early ends the runner."""
+    """The first row arrives long before the last one is due, and leaving early ends the
+    runner.
+    """
     wanted = plan([SMALL], "litert", "fp32", [sorted(os.sched_getaffinity(0))[-1]])
     wanted["items"] = [{**wanted["items"][0], "round": number} for number in range(40)]
     wanted |= {"min_ms": 250.0, "max_runs": 10**6}
@@ -80,7 +82,7 @@ def test_rows_arrive_as_they_are_measured(tmp_path: Path) -> None:
     next(rows)
     assert next(rows)["round"] == 0
     rows.close()
-    assert time.monotonic() - started < 8  # all of them take ten seconds and more
+    assert time.monotonic() - started < 8  # all of them would take ten seconds or more
 
 
 def test_cores() -> None:
@@ -91,14 +93,14 @@ def test_cores() -> None:
         Host(HOST).cores(len(allowed) + 1)
 
 
-def test_a_core_that_is_not_there(tmp_path: Path) -> None:
+def test_a_core_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="Cannot run on cores"):
         list(Host(HOST).measure(plan([SMALL], "litert", "fp32", [4000]), tmp_path))
 
 
 def fake_runner(tmp_path: Path, program: str) -> Host:
-    """A host whose runner is another program: a real process, with the faults that real
-    ones have.
+    """A host whose runner is another program: a real process, with the faults of real
+    runners.
     """
     host = Host(HOST)
     host.runner = tmp_path / "runner.py"
@@ -107,8 +109,8 @@ def fake_runner(tmp_path: Path, program: str) -> Host:
 
 
 def test_a_talkative_runtime_does_not_block(tmp_path: Path) -> None:
-    """Runtimes write warnings to stderr for every model: more than a pipe holds, and
-    nobody would read it.
+    """Runtimes write warnings to stderr for every model: more than a pipe holds, if
+    nobody reads it.
     """
     program = """
 print(json.dumps({"runner": 1}), flush=True)
@@ -119,7 +121,8 @@ for i in range(4):
 """
     import faulthandler
 
-    faulthandler.dump_traceback_later(30, exit=True)  # a blocked pipe would never come back
+    # a blocked pipe would never come back
+    faulthandler.dump_traceback_later(30, exit=True)
     try:
         rows = list(fake_runner(tmp_path, program).measure({"items": []}, tmp_path))
     finally:
@@ -148,15 +151,15 @@ def test_a_runner_that_is_killed_in_the_middle_of_a_line(tmp_path: Path) -> None
 
 
 def test_predict(tmp_path: Path) -> None:
-    """Like TFLite's own interpreter, image by image."""
+    """The same outputs as from TFLite's own interpreter, image by image."""
     from ai_edge_litert.interpreter import Interpreter
 
     model = timing_file((SMALL, Classifier(8, 8, 10)), "litert", "fp32")
     images = np.random.default_rng(0).standard_normal((3, 8, 8, 8)).astype(np.float32)
-    found = Host(HOST).predict(model, images, tmp_path)
+    outputs = Host(HOST).predict(model, images, tmp_path)
     interpreter = Interpreter(str(model))
     interpreter.allocate_tensors()
-    for image, output in zip(images, found, strict=True):
+    for image, output in zip(images, outputs, strict=True):
         interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
         interpreter.invoke()
         assert np.allclose(
@@ -164,7 +167,7 @@ def test_predict(tmp_path: Path) -> None:
             output,
             atol=1e-6,
         )
-    assert found.std() > 1e-3
+    assert outputs.std() > 1e-3
     assert list(tmp_path.iterdir()) == []
 
 

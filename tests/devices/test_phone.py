@@ -1,4 +1,4 @@
-"""What phones of several vendors answer, and what is made of it."""
+"""What phones of several vendors report, and how it is read."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ Current Battery Service state:
   level: 12
 Thermal Status: 1
 """
-"""Samsung's log of earlier values is in it, too."""
+"""It includes Samsung's log of earlier values."""
 
 
-def test_everything_told() -> None:
+def test_a_phone_that_reports_everything() -> None:
     state = read(PIXEL)
     assert state.chip == "Google Tensor"
     assert state.machine == "arm64-v8a, Google Pixel 6, Android 14"
@@ -64,7 +64,7 @@ def test_everything_told() -> None:
     assert read(PIXEL.replace("\n", "\r\n")) == state, "phones before Android 7 end lines like this"
 
 
-def test_nothing_told() -> None:
+def test_a_phone_that_reports_almost_nothing() -> None:
     """An older or locked phone: no clocks, no battery, no chip. Nothing is made up."""
     state = read(
         "[ro.hardware]: [qcom]\n[ro.product.cpu.abi]: [armeabi-v7a]\ncore 0\n\n\n\n\ncore"

@@ -1,4 +1,4 @@
-"""Profiling with a device whose clock is known: the table must be the clock."""
+"""Profiling a device whose latencies follow a formula: the table must reproduce it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hwnas.devices.simulated import Simulated, simulated_ms
 from hwnas.errors import CoverageError, DeviceError, TableError
 from hwnas.profile.plan import make_plan, spread_networks
 from hwnas.profile.stage import profile
-from hwnas.progress import Progress, Task
+from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import JsonLines
 
 DEVICE = Device(id="simulated", soc="none", connection="simulated")
@@ -31,7 +31,7 @@ CONFIG = ProfileConfig(rounds=3, max_rounds=7)
 
 
 def small_space() -> MacroSpace:
-    """Few ops, so that a profile takes seconds: it has a searched width and a skip."""
+    """A searched width and a skip, but few ops, so that a profile takes seconds."""
     options = ("ir_k3_e3", "ir_k5_e6", "skip")
     stages = (
         SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
@@ -42,7 +42,7 @@ def small_space() -> MacroSpace:
 
 
 def unread(ops: tuple[Op, ...], runtime: str, dtype: str) -> Path:
-    """The simulated clock looks at op keys, not at files."""
+    """A file that is never read: the simulated device only looks at op keys."""
     return Path("unread")
 
 
@@ -66,8 +66,8 @@ def profiled(
 
 
 @pytest.mark.slow
-def test_the_table_is_the_formula(tmp_path: Path) -> None:
-    """1 % of noise, five runs in each of seven rounds: medians within 2 %."""
+def test_the_table_reproduces_the_formula(tmp_path: Path) -> None:
+    """With 1 % noise and five runs in each of seven rounds, medians are within 2 %."""
     space = mobile32()
     table = profiled(tmp_path, space=space, config=ProfileConfig())
     assert list(table.entries) == [op.key for op in space.ops]
@@ -141,7 +141,8 @@ def test_settings_reach_the_runner(tmp_path: Path) -> None:
         ) == ("onnxruntime", 2, [3, 5], 7.0, 9)
         assert sorted(orders[number]) == sorted(names)
         assert {item["round"] for item in plan["items"]} == {number}
-    assert orders[0] != orders[1] != names != orders[0]  # every round has its own random order
+    # every round has its own random order
+    assert orders[0] != orders[1] != names != orders[0]
     assert (table.header.runtime, table.header.threads, table.header.cores) == (
         "onnxruntime",
         2,
@@ -172,7 +173,7 @@ class Dying(Simulated):
 
 
 class Noisy(Simulated):
-    """One op whose rounds differ: by 30 % for good, or only in the first three rounds."""
+    """One op whose rounds differ by 30 % or more: all rounds, or only the first few."""
 
     def __init__(self, device: Device, key: str, rounds: int = 1000) -> None:
         super().__init__(device)
@@ -189,7 +190,7 @@ class Noisy(Simulated):
 
 
 class Restless(Simulated):
-    """Every row is up to three times slower, by itself."""
+    """Every row is slowed down by up to three times, independently of the others."""
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         for row in super().measure(plan, folder):
@@ -201,17 +202,18 @@ class Restless(Simulated):
             yield row
 
 
+# 10,000 rows are more than a profile has: it is not interrupted
 @pytest.mark.parametrize("rows", [0, 1, 2, 17, 40, 85, 10_000])
 def test_interrupted_and_resumed(rows: int, tmp_path: Path) -> None:
     """The same bytes as without interruption, and nothing is measured twice."""
-    straight = profiled(tmp_path / "straight")
+    uninterrupted = profiled(tmp_path / "uninterrupted")
     if rows < 10_000:
         with pytest.raises(Killed):
             profiled(tmp_path / "killed", Dying(DEVICE, rows))
     else:
         profiled(tmp_path / "killed")
     resumed = profiled(tmp_path / "killed")
-    assert resumed.to_json() == straight.to_json()
+    assert resumed.to_json() == uninterrupted.to_json()
     measured = [
         (row["id"], row["round"])
         for row in JsonLines(tmp_path / "killed/samples.jsonl").read()
@@ -222,13 +224,13 @@ def test_interrupted_and_resumed(rows: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None:
-    """Killed within the additional rounds too: which entries count as noisy must not
-    depend on how far a round had come.
+    """Kills fall into the additional rounds too: which entries count as noisy must not
+    depend on how far a round had got.
     """
     keys = [op.key for op in small_space().ops]
 
     class VeryNoisy(Simulated):
-        """Every item jumps about, by a factor that depends on item and round only."""
+        """Every item varies, by a factor that depends only on item and round."""
 
         def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
             for row in super().measure(plan, folder):
@@ -239,30 +241,32 @@ def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None
                 yield row
 
     config = ProfileConfig(rounds=3, max_rounds=7, fit_networks=3, test_networks=2)
-    straight = profiled(tmp_path / "straight", VeryNoisy(DEVICE), config)
-    # some were measured again, some were not
-    assert {entry.rounds for entry in straight.entries.values()} > {3}
-    assert any(straight.entries[key].noisy for key in keys)
+    uninterrupted = profiled(tmp_path / "uninterrupted", VeryNoisy(DEVICE), config)
+    # some were measured again and some were not, and some stayed noisy
+    assert {entry.rounds for entry in uninterrupted.entries.values()} > {3}
+    assert any(uninterrupted.entries[key].noisy for key in keys)
     for _ in range(200):
         try:
             resumed = profiled(tmp_path / "killed", Dying(DEVICE, 4, VeryNoisy(DEVICE)), config)
             break
         except Killed:
             continue
-    assert resumed.to_json() == straight.to_json()
+    assert resumed.to_json() == uninterrupted.to_json()
 
 
 def test_a_torn_line_is_measured_again(tmp_path: Path) -> None:
-    """A kill in the middle of a write leaves half a line, and a disk error may leave rubbish."""
-    straight = profiled(tmp_path / "straight")
+    """A kill in the middle of a write leaves half a line, and a disk error may leave
+    garbage.
+    """
+    uninterrupted = profiled(tmp_path / "uninterrupted")
     with pytest.raises(Killed):
         profiled(tmp_path / "torn", Dying(DEVICE, 20))
     samples = tmp_path / "torn/samples.jsonl"
     samples.write_bytes(samples.read_bytes()[:-30])
-    assert profiled(tmp_path / "torn").to_json() == straight.to_json()
+    assert profiled(tmp_path / "torn").to_json() == uninterrupted.to_json()
     lines = samples.read_bytes().splitlines(keepends=True)
     samples.write_bytes(b"".join([*lines[:10], b"\x00\xff\x00\n", *lines[11:40], lines[40][:25]]))
-    assert profiled(tmp_path / "torn").to_json() == straight.to_json()
+    assert profiled(tmp_path / "torn").to_json() == uninterrupted.to_json()
     assert all(json.loads(line) for line in samples.read_bytes().splitlines())
 
 
@@ -272,10 +276,10 @@ class Listening(Progress):
         self.advanced: dict[str, int] = {}
 
     @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         outer = self
 
-        class Bar(Task):
+        class Bar(ProgressBar):
             def advance(self, steps: int = 1, note: str = "") -> None:
                 outer.advanced[description] = outer.advanced.get(description, done) + steps
 
@@ -336,16 +340,16 @@ def test_a_failing_item_is_named(tmp_path: Path) -> None:
         profiled(tmp_path, Failing(DEVICE))
     assert victim in str(caught.value)
     assert "no such operator" in str(caught.value)
-    # what was measured before counts
-    assert profiled(tmp_path).to_json() == profiled(tmp_path / "straight").to_json()
+    # rows measured before the failure count
+    assert profiled(tmp_path).to_json() == profiled(tmp_path / "uninterrupted").to_json()
 
 
 @pytest.mark.parametrize(
     "space", [mobile32(), proxylessnas(), small_space()], ids=lambda space: space.name
 )
 def test_networks_are_spread_over_the_range(space: MacroSpace) -> None:
-    """Nearest neighbours to 20 evenly spaced sizes, where uniform picks would crowd
-    around the middle.
+    """They are the nearest to 20 evenly spaced sizes; uniform picks would crowd around
+    the middle.
     """
     networks = spread_networks(space, 20, np.random.default_rng(0))
     macs = np.array([arch.macs for arch in networks], dtype=float)
@@ -367,7 +371,7 @@ def test_plan_holds_as_many_networks_as_asked(fit: int, test: int) -> None:
     plan = make_plan(mobile32(), ProfileConfig(fit_networks=fit, test_networks=test), 0)
     assert (len(plan.fit), len(plan.test)) == (fit, test)
     assert len(plan.items) == len(plan.ops) + fit + test
-    if (fit, test) == (12, 8):  # judged inside the range of the fit
+    if (fit, test) == (12, 8):  # evaluated inside the range of the fit
         assert plan.fit[0].macs <= min(arch.macs for arch in plan.test)
         assert plan.fit[-1].macs >= max(arch.macs for arch in plan.test)
 
@@ -385,16 +389,16 @@ def test_whole_networks_alone_give_a_table(tmp_path: Path) -> None:
     """No op is timed; the simulated clock is a sum over ops, so the fit must predict
     networks that it has not seen.
     """
-    space, measured = mobile32(), []
+    space, ops_per_item = mobile32(), []
 
     class Counting(Simulated):
         def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-            measured.extend(len(item["ops"]) for item in plan["items"])
+            ops_per_item.extend(len(item["ops"]) for item in plan["items"])
             yield from super().measure(plan, folder)
 
     config = ProfileConfig(rounds=3, max_rounds=3, mode="networks", networks=30)
     table = profiled(tmp_path, Counting(DEVICE), config, space=space)
-    assert min(measured) > 1 and len(measured) == 90
+    assert min(ops_per_item) > 1 and len(ops_per_item) == 90  # 30 networks, 3 rounds
     assert set(table.entries) == {op.key for op in space.ops}
     calibration = table.calibration
     assert calibration is not None and calibration.held_out is not None
@@ -416,9 +420,9 @@ def test_a_prior_of_another_space_is_refused_before_anything_is_measured(tmp_pat
     assert not (tmp_path / "new" / "samples.jsonl").exists()
 
 
-def test_notes_are_said_and_conditions_kept(tmp_path: Path) -> None:
-    """Conditions of a phone come with its rows; their range over the whole measurement
-    is in the table, and survives a kill.
+def test_notes_are_reported_and_conditions_kept(tmp_path: Path) -> None:
+    """A phone's conditions come with its rows; the table holds their range over the
+    whole measurement, which survives a kill.
     """
 
     class Phone(Simulated):
@@ -433,14 +437,14 @@ def test_notes_are_said_and_conditions_kept(tmp_path: Path) -> None:
                     }
                 }
 
-    class Saying(Progress):
-        said: list[str] = []
+    class Recording(Progress):
+        messages: list[str] = []
 
         def info(self, message: str) -> None:
-            self.said.append(message)
+            self.messages.append(message)
 
-    table = profiled(tmp_path, Phone(DEVICE), ProfileConfig(rounds=3, max_rounds=3), Saying())
-    assert Saying.said == ["waiting for it to cool"] * 3
+    table = profiled(tmp_path, Phone(DEVICE), ProfileConfig(rounds=3, max_rounds=3), Recording())
+    assert Recording.messages == ["waiting for it to cool"] * 3
     assert (
         table.provenance["device_celsius"] == "30.5 to 32.5"
         and table.provenance["device_governor"] == "schedutil"
@@ -456,7 +460,7 @@ def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(
             return {"onnxruntime": "onnxruntime 1.20"}
 
     def build(ops: tuple[Op, ...], runtime: str, dtype: str) -> Path:
-        raise AssertionError("nothing is built")
+        raise AssertionError("nothing should be built")
 
     with pytest.raises(
         DeviceError, match=r"simulated does not run litert \(it has onnxruntime 1.20\)"
@@ -466,8 +470,8 @@ def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(
         )
 
 
-def test_too_few_quiet_networks_say_that_they_were_noisy(tmp_path: Path) -> None:
-    """Each by itself: a slowness that all share is none."""
+def test_too_few_quiet_networks_are_an_error(tmp_path: Path) -> None:
+    """Each is slowed down independently: a slowdown that all share is not noise."""
 
     config = ProfileConfig(rounds=3, max_rounds=3, max_spread=0.01, mode="networks", networks=5)
     with pytest.raises(TableError, match="5 of 5 networks stayed noisy"):
@@ -475,8 +479,8 @@ def test_too_few_quiet_networks_say_that_they_were_noisy(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_calibration_of_noisy_networks_is_of_all_of_them(tmp_path: Path) -> None:
-    """Where hardly one was quiet: one that happened to be says less than all."""
+def test_a_calibration_of_noisy_networks_uses_all_of_them(tmp_path: Path) -> None:
+    """If hardly any are quiet, the few that happen to be tell less than all do."""
     table = profiled(
         tmp_path, Restless(DEVICE), ProfileConfig(rounds=30, max_rounds=30), space=mobile32()
     )

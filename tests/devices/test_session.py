@@ -1,4 +1,6 @@
-"""Rounds of a session over several runtimes, what they ask for, and what counts as noise."""
+"""Rounds of a session over several runtimes: what they measure, and what counts as
+noise.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ OPS = digits_space().ops[:3]
 
 
 class Loud(Simulated):
-    """Keeps what it is asked for; the rounds of some items differ by a factor of two."""
+    """Records the plans that it gets; rounds of some items differ by a factor of 2."""
 
     def __init__(self, *loud: str) -> None:
         super().__init__(DEVICE)
@@ -46,7 +48,7 @@ class Loud(Simulated):
             louder = row.get("id") in self.loud and row["round"] % 2 == 1
             yield {**row, "ms": [2 * ms for ms in row["ms"]]} if louder else row
 
-    def asked(self) -> list[tuple[str, int, set[str]]]:
+    def requests(self) -> list[tuple[str, int, set[str]]]:
         return [
             (plan["runtime"], plan["items"][0]["round"], {item["id"] for item in plan["items"]})
             for plan in self.plans
@@ -64,7 +66,7 @@ def items(image: Path | None = None) -> list[Item]:
     ]
 
 
-def session(
+def make_session(
     device: Simulated, folder: Path, schedule: Schedule, samples: JsonLines | None = None
 ) -> Session:
     return Session(
@@ -80,9 +82,9 @@ LITERT = {"a.tflite", *(op.key for op in OPS)}
 
 def test_a_round_goes_through_every_runtime(tmp_path: Path) -> None:
     device = Loud()
-    found = session(device, tmp_path, Schedule(rounds=2))
-    found.run("measuring")
-    assert device.asked() == [
+    session = make_session(device, tmp_path, Schedule(rounds=2))
+    session.run("measuring")
+    assert device.requests() == [
         (runtime, number, ids)
         for number in (0, 1)
         for runtime, ids in (("litert", LITERT), ("onnxruntime", {"a.onnx"}))
@@ -91,31 +93,35 @@ def test_a_round_goes_through_every_runtime(tmp_path: Path) -> None:
         (plan["threads"], plan["cores"]) == (2, [0, 1]) and not {"min_ms", "min_runs"} & plan.keys()
         for plan in device.plans
     )
-    assert set(found.headers) == {"litert", "onnxruntime"} and found.header("litert").cores == [
+    assert set(session.headers) == {"litert", "onnxruntime"} and session.header("litert").cores == [
         0,
         1,
     ]
-    assert found.ms(OPS[0].key) == pytest.approx(simulated_ms(OPS[0]), rel=0.02)
-    assert found.ms("a.onnx") == pytest.approx(1.05 * sum(map(simulated_ms, OPS)) + 0.02, rel=0.02)
+    assert session.ms(OPS[0].key) == pytest.approx(simulated_ms(OPS[0]), rel=0.02)
+    assert session.ms("a.onnx") == pytest.approx(
+        1.05 * sum(map(simulated_ms, OPS)) + 0.02, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_noisy_items_are_measured_again(together: bool, tmp_path: Path) -> None:
-    """Alone, or with all that belongs to them; and an item that is not judged calls for nothing."""
+    """Alone, or with all the items that belong together; an item with
+    ``repeat_if_noisy=False`` triggers nothing.
+    """
     device = Loud("a.onnx", OPS[0].key)
-    found = session(
+    session = make_session(
         device, tmp_path, Schedule(rounds=2, max_rounds=4, max_spread=0.1, together=together)
     )
-    found.run("measuring")
+    session.run("measuring")
     again = [("litert", LITERT)] if together else []
-    assert device.asked()[4:] == [
+    assert device.requests()[4:] == [
         (runtime, number, ids)
         for number in (2, 3)
         for runtime, ids in [*again, ("onnxruntime", {"a.onnx"})]
     ]
-    assert found.noisy == ["a.onnx"]
-    assert len(found.rounds("a.tflite")) == (4 if together else 2)
-    calm = session(
+    assert session.noisy == ["a.onnx"]
+    assert len(session.rounds("a.tflite")) == (4 if together else 2)
+    calm = make_session(
         Loud(OPS[0].key),
         tmp_path,
         Schedule(rounds=2, max_rounds=4, max_spread=0.1, together=together),
@@ -124,30 +130,30 @@ def test_noisy_items_are_measured_again(together: bool, tmp_path: Path) -> None:
     assert calm.noisy == [] and len(calm.rounds("a.onnx")) == 2
 
 
-def test_drift_is_the_time_of_all_blocks_now(tmp_path: Path) -> None:
+def test_drift_is_the_time_of_all_blocks_relative_to_the_table(tmp_path: Path) -> None:
     """An op that occurs twice in the network counts twice."""
-    found = session(Loud(), tmp_path, Schedule(rounds=3))
-    found.run("measuring")
+    session = make_session(Loud(), tmp_path, Schedule(rounds=3))
+    session.run("measuring")
     entries = {
-        op.key: Entry(ms=found.ms(op.key) / factor)
+        op.key: Entry(ms=session.ms(op.key) / factor)
         for op, factor in zip(OPS, (1.5, 1.5, 3), strict=True)
     }
     table = synthetic_table(digits_space()).model_copy(update={"entries": entries})
-    assert found.drift(OPS[:2], table) == pytest.approx(1.5)
-    a, b = found.ms(OPS[0].key), found.ms(OPS[2].key)
-    assert found.drift((OPS[0], OPS[0], OPS[2]), table) == pytest.approx(
+    assert session.drift(OPS[:2], table) == pytest.approx(1.5)
+    a, b = session.ms(OPS[0].key), session.ms(OPS[2].key)
+    assert session.drift((OPS[0], OPS[0], OPS[2]), table) == pytest.approx(
         (2 * a + b) / (2 * a / 1.5 + b / 3)
     )
 
 
-def test_kept_rows_of_other_conditions_are_refused(tmp_path: Path) -> None:
+def test_rows_kept_from_other_conditions_are_refused(tmp_path: Path) -> None:
     samples = JsonLines(tmp_path / "samples.jsonl")
-    session(Loud(), tmp_path, Schedule(rounds=1), samples).run("measuring")
+    make_session(Loud(), tmp_path, Schedule(rounds=1), samples).run("measuring")
     samples.rewrite(
         [{**row, "governor": "powersave"} if "runner" in row else row for row in samples.read()]
     )
-    # nothing is left to measure
-    session(Loud(), tmp_path, Schedule(rounds=1), samples).run("measuring")
+    # allowed: nothing is left to measure
+    make_session(Loud(), tmp_path, Schedule(rounds=1), samples).run("measuring")
     with pytest.raises(
         DeviceError,
         match=(
@@ -155,8 +161,8 @@ def test_kept_rows_of_other_conditions_are_refused(tmp_path: Path) -> None:
             r" --fresh\.$"
         ),
     ):
-        session(Loud(), tmp_path, Schedule(rounds=2), samples).run("measuring")
-    session(Loud(), tmp_path, Schedule(rounds=2)).run("measuring")
+        make_session(Loud(), tmp_path, Schedule(rounds=2), samples).run("measuring")
+    make_session(Loud(), tmp_path, Schedule(rounds=2)).run("measuring")
 
 
 def test_an_image_is_fed(tmp_path: Path) -> None:
@@ -168,9 +174,9 @@ def test_an_image_is_fed(tmp_path: Path) -> None:
 
     device, image = Fed(), tmp_path / "image.npy"
     bench = Bench(DEVICE, device, DeviceConfig(), lambda *_: Path("unread"), tmp_path)
-    found = Session(bench, items(image), Schedule())
-    found.run("measuring")
-    assert found.fed == {"a.onnx"}
+    session = Session(bench, items(image), Schedule())
+    session.run("measuring")
+    assert session.fed == {"a.onnx"}
     assert [
         item.get("input")
         for plan in device.plans
@@ -179,7 +185,7 @@ def test_an_image_is_fed(tmp_path: Path) -> None:
     ] == [str(image)]
 
 
-def test_rows_by_what_they_say() -> None:
+def test_rows_are_parsed_by_their_keys() -> None:
     assert parse_row({"note": "it cools"}) == Note("it cools")
     assert parse_row({"conditions": {"celsius": 31.5}}) == Conditions({"celsius": 31.5})
     assert parse_row({"id": "x", "round": 1, "error": "no such operator"}) == Failure(

@@ -1,4 +1,6 @@
-"""The speed of a device between measurements, on times that are made here: every truth is known."""
+"""Changes of a device's speed between measurements, on made-up times whose truth is
+known.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from hwnas.devices.speed import slowness
 
 
 def session(rng: np.random.Generator, items: int, rounds: int) -> list[str]:
-    """The names of items in the order of a session."""
+    """Names of items, in the order in which a session measures them."""
     return [f"item-{i}" for _ in range(rounds) for i in rng.permutation(items)]
 
 
@@ -20,14 +22,14 @@ def medians(names: list[str], ms: np.ndarray) -> np.ndarray:
 
 
 def test_a_steady_device_is_left_as_it_is() -> None:
-    """To the bit, however different the items are."""
+    """Bit for bit, however different the items are."""
     names = session(np.random.default_rng(0), 7, 5)
     assert slowness(names, [0.1 * 3 ** int(name[-1]) for name in names]).tolist() == [1.0] * 35
 
 
-def test_jumps_of_the_clock_are_taken_out() -> None:
-    """A clock that takes 1.8 times as long for stretches of some measurements: medians
-    are 5 times nearer to the truth.
+def test_jumps_of_the_clock_are_corrected() -> None:
+    """A clock that is 1.8 times slower for stretches of some measurements: the
+    corrected medians are 5 times closer to the truth.
     """
     rng = np.random.default_rng(1)
     names = session(rng, 40, 9)
@@ -42,18 +44,20 @@ def test_jumps_of_the_clock_are_taken_out() -> None:
         * factor
         * np.exp(rng.normal(scale=0.01, size=len(names)))
     )
-    off, on = (np.log(medians(names, times) / truth) for times in (ms, ms / slowness(names, ms)))
-    assert np.std(on) < np.std(off) / 5
-    assert np.std(on) < 0.03
+    uncorrected, corrected = (
+        np.log(medians(names, times) / truth) for times in (ms, ms / slowness(names, ms))
+    )
+    assert np.std(corrected) < np.std(uncorrected) / 5
+    assert np.std(corrected) < 0.03
 
 
-def test_noise_of_one_item_stays_its_own() -> None:
+def test_the_noise_of_one_item_stays_with_it() -> None:
     """The other items keep their times, and the noisy one its spread."""
     rng = np.random.default_rng(2)
     names = session(rng, 12, 8)
     ms = np.array([rng.choice([1.0, 3.0]) if name == "item-0" else 1.0 for name in names])
-    found = slowness(names, ms)
-    assert found.tolist() == pytest.approx([1.0] * len(names))
+    factors = slowness(names, ms)
+    assert factors.tolist() == pytest.approx([1.0] * len(names))
 
 
 def test_items_that_are_measured_alone_have_no_neighbours() -> None:

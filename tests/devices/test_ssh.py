@@ -27,8 +27,10 @@ from tests.export.test_tflite_writer import NETWORKS
 from tests.export.test_tflite_writer import OPS as WRITTEN
 
 
-def files_there(server: Server) -> dict[str, int]:
-    """Models on the board and their inodes: a file that was written again has another."""
+def board_files(server: Server) -> dict[str, int]:
+    """Models on the board and their inodes: a file that is written again gets a new
+    one.
+    """
     return {
         path.name: path.stat().st_ino
         for path in (server.home / "models").iterdir()
@@ -36,7 +38,7 @@ def files_there(server: Server) -> dict[str, int]:
     }
 
 
-def test_what_the_board_is(board: Ssh) -> None:
+def test_what_the_board_reports(board: Ssh) -> None:
     assert board.runtimes().keys() == {"litert", "onnxruntime"}
     assert board.runtimes()["litert"].startswith("ai-edge-litert 2")
     assert board.cores(1) == (max(os.sched_getaffinity(0)),)
@@ -44,7 +46,7 @@ def test_what_the_board_is(board: Ssh) -> None:
         board.cores(1000)
 
 
-def test_cores_of_the_document(server: Server) -> None:
+def test_cores_from_the_document(server: Server) -> None:
     assert Ssh(server.device().model_copy(update={"cores": (4, 5)})).cores(2) == (4, 5)
 
 
@@ -59,16 +61,14 @@ def test_models_are_sent_once(runtime: str, board: Ssh, server: Server, tmp_path
         (item["id"], item["round"]) for item in wanted["items"]
     ]
     assert all(min(row["ms"]) > 0 and len(row["ms"]) >= 3 for row in rows)
-    sent = files_there(server)
+    sent = board_files(server)
     assert len(sent) == len(OPS)
     assert len(list(board.measure(wanted, tmp_path))) == 1 + 2 * len(OPS)
-    assert files_there(server) == sent
+    assert board_files(server) == sent
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_to_feed_travels_with_its_model(
-    board: Ssh, server: Server, tmp_path: Path
-) -> None:
+def test_an_input_image_is_sent_with_its_model(board: Ssh, server: Server, tmp_path: Path) -> None:
     wanted = plan(OPS[:1])
     [item] = wanted["items"]
     op = OPS[0]
@@ -79,15 +79,17 @@ def test_an_image_to_feed_travels_with_its_model(
     }
     _, _, first, second = board.measure(fed, tmp_path)
     assert first["input"] == "image" and first["ms"] and "input" not in second and second["ms"]
-    assert {Path(name).suffix for name in files_there(server)} == {".tflite", ".npy"}
+    assert {Path(name).suffix for name in board_files(server)} == {".tflite", ".npy"}
 
 
-def test_models_may_be_deleted_or_cut_off_there(board: Ssh, server: Server, tmp_path: Path) -> None:
+def test_models_may_be_deleted_or_truncated_on_the_board(
+    board: Ssh, server: Server, tmp_path: Path
+) -> None:
     list(board.measure(plan(), tmp_path))
     whole = {path.name: path.read_bytes() for path in (server.home / "models").glob("*.tflite")}
-    deleted, cut, kept = whole
+    deleted, truncated, kept = whole
     (server.home / "models" / deleted).unlink()
-    (server.home / "models" / cut).write_bytes(whole[cut][:100])
+    (server.home / "models" / truncated).write_bytes(whole[truncated][:100])
     (server.home / "models" / f"{kept}.hwnas-part").write_bytes(b"left by a power cut")
     note, *rows = board.measure(plan(), tmp_path)
     assert note["note"].startswith("sending 2 models")
@@ -100,7 +102,7 @@ def test_models_may_be_deleted_or_cut_off_there(board: Ssh, server: Server, tmp_
 
 
 def test_a_model_that_changes_while_it_is_sent(board: Ssh, server: Server, tmp_path: Path) -> None:
-    """It must not become the content that a hash stands for on the board."""
+    """It must not be kept on the board under the hash of its earlier content."""
     model = tmp_path / "model.tflite"
     content = bytearray(timing_file(OPS, "litert", "fp32").read_bytes())
     model.write_bytes(content)
@@ -113,13 +115,13 @@ def test_a_model_that_changes_while_it_is_sent(board: Ssh, server: Server, tmp_p
     with pytest.raises(DeviceError, match=r"model\.tflite changed while it was sent to board"):
         next(rows)
     deadline = time.monotonic() + 20
-    # the runner there notices the lost connection a moment later
-    while files_there(server) and time.monotonic() < deadline:
+    # the runner on the board notices the lost connection a moment later
+    while board_files(server) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert files_there(server) == {}
+    assert board_files(server) == {}
 
 
-def test_what_fails_there_goes_by_the_names_of_here(board: Ssh, tmp_path: Path) -> None:
+def test_errors_from_the_board_name_the_local_files(board: Ssh, tmp_path: Path) -> None:
     broken = tmp_path / "broken.tflite"
     broken.write_bytes(b"no model")
     wanted = plan()
@@ -134,19 +136,21 @@ def test_what_fails_there_goes_by_the_names_of_here(board: Ssh, tmp_path: Path) 
 
 
 def test_predicts_what_this_computer_predicts(board: Ssh, server: Server, tmp_path: Path) -> None:
-    """More images than pipes hold, and no trace of them there."""
+    """With more images than pipes hold, which leave no trace on the board."""
     model = timing_file(OPS, "litert", "fp32")
     images = np.random.default_rng(0).standard_normal((3000, 8, 8, 3)).astype(np.float32)
     outputs = board.predict(model, images, tmp_path)
     assert outputs.dtype == np.float32
     assert np.array_equal(outputs, Host(HOST).predict(model, images, tmp_path))
-    assert list(files_there(server)) == [ssh._remote_name(model)]
+    assert list(board_files(server)) == [ssh._remote_name(model)]
     assert np.array_equal(board.predict(model, images[5:0:-2], tmp_path), outputs[5:0:-2]), (
         "an array that is not contiguous"
     )
 
 
-def test_leaving_early_ends_the_runner_there(board: Ssh, server: Server, tmp_path: Path) -> None:
+def test_leaving_early_ends_the_runner_on_the_board(
+    board: Ssh, server: Server, tmp_path: Path
+) -> None:
     rows = board.measure(endless(), tmp_path)
     assert next(row for row in rows if "id" in row)["round"] == 0
     runners = server.runners()
@@ -154,7 +158,7 @@ def test_leaving_early_ends_the_runner_there(board: Ssh, server: Server, tmp_pat
     rows.close()
     assert sshd.gone(runners)
     assert [row for row in board.measure(plan(), tmp_path) if "id" in row], (
-        "the board is not free again"
+        "the board is still busy"
     )
 
 
@@ -179,18 +183,18 @@ cd "$HOME"
 
 
 def test_login_scripts_that_print(board: Ssh, server: Server, tmp_path: Path) -> None:
-    """Before anything of ours, even what looks like a header; and modules that lie
-    about in the home folder are not imported.
+    """They may print before anything of ours, even what looks like a header; and
+    modules that lie around in the home folder are not imported.
     """
     (server.home / ".bashrc").write_text(BANNER)
     for module in ("json", "numpy", "argparse"):
         (server.home / f"{module}.py").write_text(
             "open('/'.join((__import__('os').environ['HOME'], 'executed')), 'w')\n"
         )
-    spoken = subprocess.run(
+    banner = subprocess.run(
         ["ssh", "-F", server.config, "board", "true"], capture_output=True, check=True
     ).stdout
-    if b"Welcome" not in spoken:
+    if b"Welcome" not in banner:
         pytest.skip("the login shell here does not read .bashrc")
     _, header, *rows = board.measure(plan(), tmp_path)
     assert header["runner"] == 1
@@ -217,8 +221,8 @@ def test_hosts_as_people_write_them(host: str) -> None:
     assert find_device(f"ssh:{host}").options == {"host": host}
 
 
-def test_paths_in_the_home_folder_there(board: Ssh, server: Server) -> None:
-    """``~/env/bin/python`` is one there, though no shell sees the tilde."""
+def test_paths_in_the_home_folder_of_the_board(board: Ssh, server: Server) -> None:
+    """``~/env/bin/python`` works, although no shell expands the tilde."""
     (server.home / ".bashrc").write_text("cd $HOME\n")
     (server.home / "python").symlink_to(sys.executable)
     assert Ssh(server.device(python="~/python", folder="~/deep/models")).board["python"]
@@ -230,7 +234,7 @@ def test_paths_in_the_home_folder_there(board: Ssh, server: Server) -> None:
 def test_connections_are_shared_and_closed(
     longest: int, logins: int, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One login for many calls, and nothing is left of it. Where no socket can be made,
+    """Many calls share one login, and nothing of it is left. If no socket can be made,
     each call logs in.
     """
     monkeypatch.setattr(ssh, "SOCKET_PATH_MAX", longest)
@@ -249,7 +253,7 @@ def test_connections_are_shared_and_closed(
 
 
 def test_the_document_in_the_manual() -> None:
-    """It parses, and shows every option there is."""
+    """It parses, and shows every option."""
     manual = (resource_path("deploy") / "README.md").read_text()
     device = Device.parse(manual.partition("```json\n")[2].partition("```")[0])
     assert device.connection == "ssh"
@@ -258,8 +262,8 @@ def test_the_document_in_the_manual() -> None:
 
 @pytest.fixture(scope="module")
 def old_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python with tflite-runtime 2.14, the last of its name, and the numpy that it
-    was built for.
+    """A Python with tflite-runtime 2.14, the last release under that name, and the
+    major version of numpy that it was built for.
     """
     folder = tmp_path_factory.mktemp("tflite-runtime")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -290,8 +294,8 @@ def old_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_every_kind_of_block_runs_in_tflite_runtime(
     old_python: str, server: Server, tmp_path: Path
 ) -> None:
-    """And whole networks: in float32, where XNNPACK takes them whole, and in int8; with
-    the outputs of its successor.
+    """Whole networks too, in float32, where XNNPACK takes the whole graph, and in int8;
+    the float32 outputs are those of its successor.
     """
     board = Ssh(server.device(python=old_python))
     assert board.runtimes() == {"litert": "tflite-runtime 2.14.0"}
@@ -321,8 +325,8 @@ def test_every_kind_of_block_runs_in_tflite_runtime(
             .astype(np.float32)
         )
         model = timing_file(ops, "litert", "fp32")
-        here, there = (
+        local, remote = (
             connection.predict(model, images, tmp_path) for connection in (Host(HOST), board)
         )
-        assert here.std() > 1e-3
-        assert np.abs(here - there).max() < 1e-5
+        assert local.std() > 1e-3
+        assert np.abs(local - remote).max() < 1e-5

@@ -1,5 +1,5 @@
-"""What boards and the way to them do wrong: each is one clear sentence, nothing
-measured is lost, nothing is executed.
+"""Faults of boards and of the connection to them: each gives one clear sentence,
+nothing measured is lost, and nothing injected is executed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.devices.sshd import OPS, Server, endless, plan
 
 
 def complaint(connection: Ssh) -> str:
-    """What a connection says instead of what is installed on the board: one line."""
+    """The one line of error that comes instead of the board's runtimes."""
     with pytest.raises(DeviceError) as caught:
         connection.runtimes()
     assert len(str(caught.value).splitlines()) == 1
@@ -40,17 +40,17 @@ def complaint(connection: Ssh) -> str:
 
 
 def environment(folder: Path, *packages: str) -> str:
-    """A Python with some of the packages that are installed here, and nothing else.
-    Returns its interpreter.
+    """Create a Python with some of the packages that are installed here, and nothing
+    else. Returns its interpreter.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    here, there = (
+    source, target = (
         root / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
         for root in (Path(sys.prefix), folder)
     )
     for package in packages:
-        for path in here.glob(f"{package}*"):
-            (there / path.name).symlink_to(path)
+        for path in source.glob(f"{package}*"):
+            (target / path.name).symlink_to(path)
     return str(folder / "bin/python")
 
 
@@ -62,7 +62,9 @@ ATTACKS = (
 )
 
 
-def test_predict_with_a_broken_model_or_misfitting_images(board: Ssh, tmp_path: Path) -> None:
+def test_predict_with_a_broken_model_or_images_of_the_wrong_size(
+    board: Ssh, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.tflite"
     broken.write_bytes(b"no model")
     with pytest.raises(DeviceError, match=r"board: Cannot run .*/broken\.tflite"):
@@ -74,8 +76,8 @@ def test_predict_with_a_broken_model_or_misfitting_images(board: Ssh, tmp_path: 
 
 
 def test_a_lost_connection_loses_no_row(board: Ssh, server: Server, tmp_path: Path) -> None:
-    """The server's side dies in the middle of a profile; started again, it measures
-    only what is missing.
+    """The server's side dies in the middle of a profile; run again, it measures only
+    what is missing.
     """
     space, config = (
         digits_space(),
@@ -120,7 +122,7 @@ class Losing(Ssh):
 def test_a_board_that_falls_silent(
     board: Ssh, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No power, no network: nothing is closed, nothing answers."""
+    """It lost power or its network: no connection is closed, and nothing answers."""
     monkeypatch.setattr(ssh, "ALIVE_SECONDS", 1)
     rows = Ssh(server.device()).measure(endless(), tmp_path)
     next(row for row in rows if "id" in row)
@@ -148,7 +150,7 @@ def test_a_runner_that_is_killed(board: Ssh, server: Server, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("fake", "said"),
+    ("fake", "message"),
     [
         ("print('Segmentation fault')", r"printed an unexpected line: 'Segmentation fault'"),
         ("print([1, 2])", r"printed an unexpected line: '\[1, 2\]'"),
@@ -160,9 +162,9 @@ def test_a_runner_that_is_killed(board: Ssh, server: Server, tmp_path: Path) -> 
         ("raise KeyError('x')", r"stopped with exit status 1: KeyError: 'x'"),
     ],
 )
-def test_a_runner_that_prints_rubbish(fake: str, said: str, board: Ssh, tmp_path: Path) -> None:
-    """After a header and with a kilobyte of warnings: a real process with the faults
-    that real ones have.
+def test_a_runner_that_prints_rubbish(fake: str, message: str, board: Ssh, tmp_path: Path) -> None:
+    """After a header, and with a kilobyte of warnings: a real process with the faults
+    of real runners.
     """
     board.runner = tmp_path / "runner.py"
     board.runner.write_text(
@@ -172,12 +174,12 @@ def test_a_runner_that_prints_rubbish(fake: str, said: str, board: Ssh, tmp_path
     )
     rows = board.measure(plan(), tmp_path)
     assert next(rows) == {"runner": 1}
-    with pytest.raises(DeviceError, match=said):
+    with pytest.raises(DeviceError, match=message):
         next(rows)
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
         (
             "echo 'This account is closed.'; exit 1",
@@ -193,32 +195,34 @@ def test_a_runner_that_prints_rubbish(fake: str, said: str, board: Ssh, tmp_path
         ),
     ],
 )
-def test_login_scripts_that_do_not_let_through(
-    script: str, said: str, board: Ssh, server: Server, monkeypatch: pytest.MonkeyPatch
+def test_login_scripts_that_block_the_runner(
+    script: str, message: str, board: Ssh, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssh, "START_SECONDS", 1.0)
     (server.home / ".bashrc").write_text(script)
-    with pytest.raises(DeviceError, match=said):
+    with pytest.raises(DeviceError, match=message):
         board.runtimes()
 
 
 def test_a_board_without_that_python(server: Server) -> None:
-    said = complaint(Ssh(server.device(python="python3.99")))
+    message = complaint(Ssh(server.device(python="python3.99")))
     assert (
-        said == "board has no program 'python3.99': install it there (sudo apt install python3), or"
+        message
+        == "board has no program 'python3.99': install it there (sudo apt install python3), or"
         " set the device option python to its interpreter (now 'python3.99')."
     )
 
 
 def test_a_python_for_another_machine(server: Server) -> None:
     """An executable whose header says that it is for a machine which does not exist."""
+    # bytes 18 and 19 of an ELF header name the machine
     header = Path("/bin/true").read_bytes()[:18] + b"\xfe\xca" + Path("/bin/true").read_bytes()[20:]
     path = server.folder / "foreign"
     path.write_bytes(header)
     path.chmod(0o755)
-    said = complaint(Ssh(server.device(python=str(path))))
-    assert "board does not start the runner" in said
-    assert "Exec format error" in said
+    message = complaint(Ssh(server.device(python=str(path))))
+    assert "board does not start the runner" in message
+    assert "Exec format error" in message
 
 
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.7"])
@@ -234,10 +238,11 @@ def test_a_python_that_is_too_old(version: str, server: Server) -> None:
         and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
     ]
     if not old:
-        pytest.skip(f"there is no Python {version} here")
-    said = complaint(Ssh(server.device(python=old[0])))
+        pytest.skip(f"needs a Python {version}")
+    message = complaint(Ssh(server.device(python=old[0])))
     assert (
-        f"board does not start the runner (its Python {version} is too old, 3.8 is needed)" in said
+        f"board does not start the runner (its Python {version} is too old, 3.8 is needed)"
+        in message
     )
 
 
@@ -252,7 +257,7 @@ def test_a_python_without_numpy(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_python_without_a_runtime(server: Server, tmp_path: Path) -> None:
-    """It says so for the runtime that is asked for; the other one is there and works."""
+    """The error is only about the runtime that is requested; the other one works."""
     python = environment(
         server.folder / "onnx",
         "numpy",
@@ -277,8 +282,8 @@ def test_a_python_without_a_runtime(server: Server, tmp_path: Path) -> None:
     ) == len(OPS)
 
 
-def test_the_hosts_keys(server: Server) -> None:
-    """Unknown, changed, and a key of ours that the board does not take."""
+def test_host_keys_and_our_own(server: Server) -> None:
+    """A host key that is unknown or has changed, and a key of ours that is refused."""
     (server.folder / "known_hosts").write_text("")
     assert "this computer does not know its host key; run `ssh -F" in complaint(
         Ssh(server.device())
@@ -301,13 +306,13 @@ def test_the_hosts_keys(server: Server) -> None:
 def test_nobody_answers(server: Server) -> None:
     with socket.socket() as taken:  # bound, but not listening
         taken.bind(("127.0.0.1", 0))
-        said = complaint(Ssh(server.device(host="127.0.0.1", port=str(taken.getsockname()[1]))))
-    assert "cannot reach board over ssh: ssh: connect to host 127.0.0.1 port" in said
-    assert "Connection refused; check that `ssh -p" in said
+        message = complaint(Ssh(server.device(host="127.0.0.1", port=str(taken.getsockname()[1]))))
+    assert "cannot reach board over ssh: ssh: connect to host 127.0.0.1 port" in message
+    assert "Connection refused; check that `ssh -p" in message
     assert "its host name is unknown" in complaint(Ssh(server.device(host="no-such-board.invalid")))
 
 
-def test_no_ssh_here(board: Ssh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_an_ssh_client(board: Ssh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert (
         complaint(board)
@@ -318,7 +323,7 @@ def test_no_ssh_here(board: Ssh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["tmpfs", "limit"])
 def test_a_full_disk(kind: str, board: Ssh, server: Server, tmp_path: Path) -> None:
-    """One sentence; and with space again, it goes on."""
+    """One sentence; with free space again, the same call works."""
     models = server.home / "models"
     models.mkdir()
     wanted = plan((MBConv(32, 48, 48, 288, 5, act="relu", residual=True),))
@@ -350,7 +355,7 @@ def test_a_full_disk(kind: str, board: Ssh, server: Server, tmp_path: Path) -> N
     assert "ms" in list(board.measure(wanted, tmp_path))[-1]
 
 
-def test_a_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(server: Server, tmp_path: Path) -> None:
     with pytest.raises(
         DeviceError, match=r"^board: Cannot use the folder /dev/null/models: Not a directory$"
     ):
@@ -384,14 +389,17 @@ def test_hosts_with_shell_characters(
 def test_other_names_with_shell_characters(
     attack: str, board: Ssh, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They name a folder, a program and a model; nothing of them is executed on either side."""
+    """In the names of a folder, a program and a model: neither side executes them."""
     monkeypatch.chdir(tmp_path)
     (server.home / ".bashrc").write_text("cd $HOME\n")
     model = tmp_path / f"{attack}.tflite"
     model.write_bytes(timing_file(OPS, "litert", "fp32").read_bytes())
     strange = model.rename(tmp_path / f"model.{attack.replace('.', '')}")
-    there = Ssh(server.device(folder=attack))
-    assert there.predict(strange, np.zeros((1, 8, 8, 3), np.float32), tmp_path).shape == (1, 10)
+    connection = Ssh(server.device(folder=attack))
+    assert connection.predict(strange, np.zeros((1, 8, 8, 3), np.float32), tmp_path).shape == (
+        1,
+        10,
+    )
     assert (server.home / attack).is_dir()
     assert f"has no program {attack!r}" in complaint(Ssh(server.device(python=attack)))
     assert list(tmp_path.iterdir()) == [strange]
@@ -399,7 +407,7 @@ def test_other_names_with_shell_characters(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"hots": "x"}, "device board has an unknown option 'hots'; did you mean 'host'?"),
         ({"port": "ssh"}, "port = 'ssh' is not a number from 1 to 65535"),
@@ -410,7 +418,7 @@ def test_other_names_with_shell_characters(
         ({"folder": "a\nb"}, r"folder = 'a\nb' is not a path"),
     ],
 )
-def test_wrong_options(options: dict[str, str], said: str) -> None:
+def test_wrong_options(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Ssh(Device(id="board", soc="none", connection="ssh", options={"host": "board", **options}))
-    assert said in str(caught.value)
+    assert message in str(caught.value)

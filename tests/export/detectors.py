@@ -1,4 +1,4 @@
-"""A detector whose outputs are as wild as those of a trained one, and ways to run its files."""
+"""A detector whose outputs vary like a trained one's, and ways to run its files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hwnas.nn.detector import DetectionNetwork
 from tests.nn.detectors import small_network
 
 CLASSES = 3
-"""With three, a map's logits and codes have the same shape, so that nothing but their
-order tells them apart.
+"""With three, a map's logits and codes have the same shape, so that only their order
+tells them apart.
 """
 
 
 def lively_network(scores: Scores = "softmax", classes: int = CLASSES) -> DetectionNetwork:
-    """In eval mode, with statistics and weights under which scores and boxes spread."""
+    """In eval mode, with statistics and weights that make scores and boxes vary."""
     network = small_network(classes, scores)
     generator = torch.Generator().manual_seed(3)
     for part in network.modules():
@@ -43,24 +43,24 @@ def images(count: int = 3) -> torch.Tensor:
 
 
 def run_tflite(model: bytes, x_NCHW: torch.Tensor) -> list[dict[str, np.ndarray]]:
-    """The outputs of each image by name."""
+    """The outputs for each image, by name."""
     interpreter = Interpreter(model_content=model, num_threads=1)
     interpreter.allocate_tensors()
     [entry] = interpreter.get_input_details()
-    found = []
+    outputs = []
     for image in x_NCHW.permute(0, 2, 3, 1).numpy():
         interpreter.set_tensor(entry["index"], np.ascontiguousarray(image[None]))
         interpreter.invoke()
-        found.append(
+        outputs.append(
             {
                 exit_["name"]: interpreter.get_tensor(exit_["index"])
                 for exit_ in interpreter.get_output_details()
             }
         )
-    return found
+    return outputs
 
 
 def run_onnx(model: bytes, x_NCHW: torch.Tensor) -> list[Any]:
-    """The one output of each image."""
+    """The only output, for each image."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     return [session.run(None, {"image": image[None].numpy()})[0] for image in x_NCHW]

@@ -1,5 +1,5 @@
-"""Cells and their ops in the runtimes: files compute what PyTorch computes, with the
-operators of other people's converters, or fewer.
+"""Cells and their ops in the runtimes: files compute what PyTorch computes, with no
+more operators than other people's converters write.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def network_and_input(timed: Op | Architecture) -> tuple[torch.nn.Module, torch.Tensor]:
-    """What a timing file is made of: weights from a generator seeded with 0."""
+    """A timing file's network, with weights from a generator seeded with 0, and an
+    input for it.
+    """
     arch = (
         timed
         if isinstance(timed, Architecture)
@@ -69,7 +71,9 @@ def onnx_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
 
 
 LEANER_ONNX = {"facreduce-h8-i6-o8-s2-relu": 2, "mbconv-h8-i8-o8-m16-k3-c3-relu": 1, "darts": 6}
-"""How many operators less than the exporter's, before onnxruntime's optimisation or after it."""
+"""How many operators fewer than the exporter's: the larger of the differences before
+and after onnxruntime's optimisation.
+"""
 NETWORKS = {
     "nasbench201": lambda: CELL.decode(
         CELL.read("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|")
@@ -92,20 +96,22 @@ def test_files_compute_what_pytorch_does(name: str, runtime: str) -> None:
     expected = network(x_NCHW).detach().numpy()
     assert expected.std() > 0.005
     path = timing_file(timed if isinstance(timed, Architecture) else (timed,), runtime, "fp32")
-    found = onnx_outputs(path, x_NCHW) if runtime == "onnxruntime" else litert_outputs(path, x_NCHW)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    outputs = (
+        onnx_outputs(path, x_NCHW) if runtime == "onnxruntime" else litert_outputs(path, x_NCHW)
+    )
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def litert_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
-    """Channels first."""
+    """The file's output, channels first."""
     interpreter = Interpreter(model_path=str(path))
     interpreter.allocate_tensors()
     interpreter.set_tensor(
         interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).numpy()
     )
     interpreter.invoke()
-    found: np.ndarray = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-    return found.transpose(0, 3, 1, 2) if found.ndim == 4 else found
+    output: np.ndarray = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    return output.transpose(0, 3, 1, 2) if output.ndim == 4 else output
 
 
 def types(model: bytes) -> list[str]:
@@ -124,8 +130,8 @@ def types(model: bytes) -> list[str]:
         *LEANER_ONNX,
     ],
 )
-def test_onnx_files_have_the_exporters_operators_or_fewer(name: str, tmp_path: Path) -> None:
-    """Types of operators: the exporter also writes attributes that are defaults."""
+def test_onnx_files_have_no_more_operators_than_the_exporters(name: str, tmp_path: Path) -> None:
+    """Only the types of operators count: the exporter writes default attributes."""
     if name in NETWORKS:
         network = randomised(network_of(NETWORKS[name]()))
         module, channels, size, written = (
@@ -170,20 +176,20 @@ def test_tflite_files_have_no_more_operators_than_the_converters(name: str) -> N
 
 
 UNUSED = "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|nor_conv_3x3~0|none~1|none~2|"
-"""Nodes 1 and 2 are read by nobody but each other: two convolutions and a pooling that
-change nothing.
+"""Only node 2 reads node 1, and nothing reads node 2: two convolutions and a pooling
+that do not affect the output.
 """
 
 
-def test_what_nobody_reads_is_in_no_file() -> None:
+def test_files_leave_out_what_does_not_affect_the_output() -> None:
     arch = CELL.decode(CELL.read(UNUSED))
     network = randomised(network_of(arch))
-    read = CELL.decode(CELL.read("|none~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2|"))
-    assert len(arch.ops()) > len(read.ops())
+    needed = CELL.decode(CELL.read("|none~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2|"))
+    assert len(arch.ops()) > len(needed.ops())
     written = write_tflite(network)
-    wanted = write_tflite(randomised(network_of(read)))
+    wanted = write_tflite(randomised(network_of(needed)))
     assert graph_ops(written) == graph_ops(wanted)
-    assert types(write_onnx(network)) == types(write_onnx(network_of(read)))
+    assert types(write_onnx(network)) == types(write_onnx(network_of(needed)))
     images_NHWC = random_images(arch.resolution, arch.in_channels)
     with torch.no_grad():
         expected = network(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)).numpy()

@@ -1,5 +1,5 @@
-"""The detectors of configs/experiments: a token training on made-up data, every file,
-and its validation.
+"""The detectors in configs/experiments: two training steps on made-up data, all files,
+and their validation.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CATEGORIES = [{"id": number + 1, "name": f"kind {number}"} for number in range(8
 
 
 def write_made_up(folder: Path) -> None:
-    """Four images to train on and two to test with, of COCO's number of categories:
-    bright rectangles on noise.
+    """Write four training and two test images, bright rectangles on noise, with COCO's
+    number of categories.
     """
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("val", 2)):
@@ -42,14 +42,14 @@ def write_made_up(folder: Path) -> None:
 
 
 def truncate(name: str, folder: Path) -> Experiment:
-    """The experiment on made-up data, two steps long."""
+    """The experiment on made-up data, with two training steps."""
     write_made_up(folder / "data")
     content: dict[str, Any] = load_experiment(Path("configs/experiments") / name).model_dump(
         mode="json", by_alias=True, exclude_unset=True
     )
     content["data"] |= {"path": str(folder / "data"), "workers": 0}
-    # In two steps the running statistics have to get where they belong: in int8, those
-    # of a new network leave nothing but noise.
+    # The running statistics have only two steps to adapt: with those of a new network,
+    # int8 outputs are nothing but noise.
     content["train"] |= {"epochs": 1, "batch_size": 2, "bn_momentum": 0.5}
     content["train"]["optimizer"] |= {"lr": 1e-3}
     content |= {"export": {"calibration_images": 3, "parity_images": 2}, "checkpoint_seconds": 1e9}
@@ -60,8 +60,8 @@ def truncate(name: str, folder: Path) -> Experiment:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "validated"), [("coco128.toml", True), ("coco.toml", False)])
 def test_every_file_is_exported_and_agrees(name: str, validated: bool, tmp_path: Path) -> None:
-    """int8 files against the float one: after two steps of training, no class is much
-    likelier than another.
+    """int8 files are compared with the float file, and only without NMS: after two
+    training steps, no class is much likelier than another.
     """
     experiment, root = truncate(name, tmp_path), tmp_path / "run"
     pipeline = Pipeline(experiment, root, Progress())

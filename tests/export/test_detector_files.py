@@ -1,5 +1,5 @@
-"""A detector's files against PyTorch and its PostProcessor: what each computes, and
-what is in its graph.
+"""A detector's files against PyTorch and its PostProcessor: what they compute, and what
+their graphs contain.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hwnas.export.detector import Decoded
 from hwnas.export.onnx_detector import with_nms
 from hwnas.export.post_processing import DetectionArrays, read_decoded, read_nms, read_tasks
 from hwnas.export.quantization import quantize_int8
-from hwnas.export.tflite_detector import decoded, tasks, without_decoding
-from hwnas.export.tflite_file import Graph, graph_ops
+from hwnas.export.tflite_detector import add_decoding, tasks, without_decoding
+from hwnas.export.tflite_file import TFLiteGraph, graph_ops
 from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.ssd import PostProcessor
@@ -51,7 +51,7 @@ def torch_rows(network: DetectionNetwork) -> np.ndarray:
     with torch.no_grad():
         rows: np.ndarray = Decoded(network)(X_NCHW).numpy()
     assert rows[..., 4:].std() > 5e-3 and rows[..., :4].std() > 10, (
-        "or the comparison would be of silence"
+        "otherwise there is nothing to compare"
     )
     return rows
 
@@ -60,7 +60,7 @@ def calibration() -> np.ndarray:
     return np.ascontiguousarray(images(8).permute(0, 2, 3, 1).numpy())
 
 
-def tasks_found(model: bytes) -> list[DetectionArrays]:
+def tasks_detections(model: bytes) -> list[DetectionArrays]:
     rows = [
         np.concatenate([value.reshape(-1) for value in outputs.values()])
         for outputs in run_tflite(model, X_NCHW)
@@ -72,12 +72,14 @@ def tasks_found(model: bytes) -> list[DetectionArrays]:
 def test_rows_of_the_float_tflite_file_are_pytorchs(scores: Scores) -> None:
     network = lively_network(scores)
     rows = torch_rows(network)
-    model = decoded(write_heads(network), network)
+    model = add_decoding(write_heads(network), network)
     for outputs, row in zip(run_tflite(model, X_NCHW), rows, strict=True):
         assert list(outputs) == ["detections"] and outputs["detections"].shape == (1, *row.shape)
         np.testing.assert_allclose(outputs["detections"][0], row, atol=2e-4)
         np.testing.assert_allclose(outputs["detections"][0, :, 4:], row[:, 4:], atol=1e-5)
-    assert decoded(write_heads(network), network) == model, "the same weights give the same bytes"
+    assert add_decoding(write_heads(network), network) == model, (
+        "the same weights give the same bytes"
+    )
 
 
 def test_one_map_needs_no_joining() -> None:
@@ -90,10 +92,10 @@ def test_one_map_needs_no_joining() -> None:
         "heads": arch.detector.heads[1:2],
         "aspect_ratios": arch.detector.aspect_ratios[:1],
     }
-    alone = DetectionNetwork(
+    single = DetectionNetwork(
         arch.model_copy(update={"detector": arch.detector.model_copy(update=last)})
     ).eval()
-    alone.load_state_dict(
+    single.load_state_dict(
         {
             **network.state_dict(),
             **{f"heads.0.{k}": v for k, v in network.heads[1].state_dict().items()},
@@ -101,23 +103,23 @@ def test_one_map_needs_no_joining() -> None:
         strict=False,
     )
     with torch.no_grad():
-        rows = Decoded(alone)(X_NCHW).numpy()
-    outputs = run_tflite(decoded(write_heads(alone), alone), X_NCHW)
+        rows = Decoded(single)(X_NCHW).numpy()
+    outputs = run_tflite(add_decoding(write_heads(single), single), X_NCHW)
     np.testing.assert_allclose(
-        np.concatenate([each["detections"] for each in outputs]), rows, atol=2e-4
+        np.concatenate([by_name["detections"] for by_name in outputs]), rows, atol=2e-4
     )
 
 
-def test_codes_of_sizes_are_cut_off_as_in_torchvision() -> None:
+def test_size_codes_are_clipped_as_in_torchvision() -> None:
     """exp of a code of 100 would be infinite."""
     network = lively_network()
     for head in network.heads:
         head.get_submodule("boxes.predict.conv").get_parameter("bias").data += 100.0
     rows = torch_rows_of(network)
     assert np.isfinite(rows).all()
-    outputs = run_tflite(decoded(write_heads(network), network), X_NCHW)
+    outputs = run_tflite(add_decoding(write_heads(network), network), X_NCHW)
     np.testing.assert_allclose(
-        np.concatenate([each["detections"] for each in outputs]), rows, atol=1e-3
+        np.concatenate([by_name["detections"] for by_name in outputs]), rows, atol=1e-3
     )
 
 
@@ -128,25 +130,30 @@ def torch_rows_of(network: DetectionNetwork) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_int8_is_the_network_alone(scores: Scores) -> None:
+def test_only_the_network_is_int8(scores: Scores) -> None:
     network = lively_network(scores)
     rows = torch_rows(network)
-    model = decoded(quantize_int8(write_heads(network), [calibration()], float_io=True), network)
+    model = add_decoding(
+        quantize_int8(write_heads(network), [calibration()], float_io=True), network
+    )
     ops = graph_ops(model)
     start = [op.name for op in ops].index("RESHAPE")
     assert {op.name for op in ops[:start] if op.dtype == "FLOAT32"} == {"DEQUANTIZE"}
     assert {op.dtype for op in ops[start:]} == {"FLOAT32"}
-    found = np.concatenate([each["detections"] for each in run_tflite(model, X_NCHW)])
-    assert np.abs(found - rows)[..., :4].max() < 2 and np.abs(found - rows)[..., 4:].max() < 0.08
-    assert np.abs(found - rows)[..., :4].max() > 0
-    assert len(model) < 0.8 * len(decoded(write_heads(network), network))
+    int8_rows = np.concatenate([by_name["detections"] for by_name in run_tflite(model, X_NCHW)])
+    assert (
+        np.abs(int8_rows - rows)[..., :4].max() < 2
+        and np.abs(int8_rows - rows)[..., 4:].max() < 0.08
+    )
+    assert np.abs(int8_rows - rows)[..., :4].max() > 0
+    assert len(model) < 0.8 * len(add_decoding(write_heads(network), network))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_detections_of_the_tasks_operator(scores: Scores, dtype: str) -> None:
-    """Those of the row it gets, which for int8 is the decoded file's; boxes at the
-    edges may be chosen otherwise, as it cuts off none.
+    """They are those of the rows that it gets, which the decoded file returns. At the
+    edges it may choose other boxes, as it does not clip them.
     """
     network = lively_network(scores)
     heads = write_heads(network)
@@ -154,19 +161,19 @@ def test_detections_of_the_tasks_operator(scores: Scores, dtype: str) -> None:
         heads = quantize_int8(heads, [calibration()], float_io=True)
     outputs = run_tflite(tasks(heads, network, CONFIG), X_NCHW)
     shapes = {"boxes": (1, 40, 4), "classes": (1, 40), "scores": (1, 40), "count": (1,)}
-    assert [{name: value.shape for name, value in each.items()} for each in outputs] == [
+    assert [{name: value.shape for name, value in by_name.items()} for by_name in outputs] == [
         shapes
     ] * len(X_NCHW)
-    rows = [each["detections"] for each in run_tflite(decoded(heads, network), X_NCHW)]
+    rows = [by_name["detections"] for by_name in run_tflite(add_decoding(heads, network), X_NCHW)]
     same = total = 0
-    for found, row in zip(tasks_found(tasks(heads, network, CONFIG)), rows, strict=True):
+    for detections, row in zip(tasks_detections(tasks(heads, network, CONFIG)), rows, strict=True):
         wanted = read_decoded(row, CONFIG.model_dump(), 64, CLASSES)
-        assert (np.diff(found[1]) <= 0).all()
+        assert (np.diff(detections[1]) <= 0).all()
         for box, score, label in zip(*wanted, strict=True):
             near = (
-                (np.abs(found[0] - box).max(axis=1) < 0.01)
-                & (np.abs(found[1] - score) < 1e-4)
-                & (found[2] == label)
+                (np.abs(detections[0] - box).max(axis=1) < 0.01)
+                & (np.abs(detections[1] - score) < 1e-4)
+                & (detections[2] == label)
             )
             same += near.any()
             total += 1
@@ -196,8 +203,8 @@ def test_the_options_of_the_tasks_operator() -> None:
 
 @pytest.fixture(scope="module")
 def onnx_models() -> dict[Scores, tuple[DetectionNetwork, bytes]]:
-    """The exporter takes five seconds a network."""
-    found: dict[Scores, tuple[DetectionNetwork, bytes]] = {}
+    """Exported once, as the exporter takes five seconds per network."""
+    models: dict[Scores, tuple[DetectionNetwork, bytes]] = {}
     for scores in ("softmax", "sigmoid"):
         network = lively_network(scores)
         model = onnx_file(
@@ -206,8 +213,8 @@ def onnx_models() -> dict[Scores, tuple[DetectionNetwork, bytes]]:
             metadata={"architecture": "here"},
             output_names=("detections",),
         )
-        found[scores] = (network, model)
-    return found
+        models[scores] = (network, model)
+    return models
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -237,14 +244,14 @@ def test_onnx_with_nms_finds_what_pytorch_finds(
 ) -> None:
     network, model = onnx_models[scores]
     with torch.no_grad():
-        judge = PostProcessor(network.arch, config)(network(X_NCHW))
-    for row, wanted in zip(run_onnx(with_nms(model, config), X_NCHW), judge, strict=True):
+        expected = PostProcessor(network.arch, config)(network(X_NCHW))
+    for row, wanted in zip(run_onnx(with_nms(model, config), X_NCHW), expected, strict=True):
         assert row.shape == (1, config.detections, 6)
         assert (row[0, len(wanted.scores_D) :] == 0).all()
         assert_same(read_nms(row, {}, 64, CLASSES), wanted)
 
 
-def test_the_file_with_nms_is_the_standards_own(
+def test_the_file_with_nms_has_only_standard_operators(
     onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]],
 ) -> None:
     parsed = onnx.load_model_from_string(with_nms(onnx_models["softmax"][1], CONFIG))
@@ -261,32 +268,32 @@ def test_a_file_that_is_opened_and_packed_again_computes_the_same() -> None:
         write_heads(network),
         quantize_int8(write_heads(network), [calibration()], float_io=True),
     ):
-        graph, entry, exits = Graph.opened(heads)
+        graph, entry, exits = TFLiteGraph.open(heads)
         again = graph.pack(entry, *exits)
         assert graph_ops(again) == graph_ops(heads)
-        for one, other in zip(run_tflite(heads, X_NCHW), run_tflite(again, X_NCHW), strict=True):
-            assert list(one) == list(other) and len(one) == 8
-            assert all(np.array_equal(one[name], other[name]) for name in one)
+        for before, after in zip(run_tflite(heads, X_NCHW), run_tflite(again, X_NCHW), strict=True):
+            assert list(before) == list(after) and len(before) == 8
+            assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_the_network_alone_is_what_it_was_before(int8: bool) -> None:
+def test_removing_the_decoding_restores_the_network(int8: bool) -> None:
     network = lively_network()
     heads = (
         quantize_int8(write_heads(network), [calibration()], float_io=True)
         if int8
         else write_heads(network)
     )
-    again = without_decoding(decoded(heads, network))
+    again = without_decoding(add_decoding(heads, network))
     assert graph_ops(again) == graph_ops(heads)
-    for one, other in zip(run_tflite(heads, X_NCHW), run_tflite(again, X_NCHW), strict=True):
-        assert one.keys() == other.keys() and all(
-            np.array_equal(one[name], other[name]) for name in one
+    for before, after in zip(run_tflite(heads, X_NCHW), run_tflite(again, X_NCHW), strict=True):
+        assert before.keys() == after.keys() and all(
+            np.array_equal(before[name], after[name]) for name in before
         )
 
 
 def test_xnnpack_takes_the_whole_graph(tmp_path: Path) -> None:
-    """Six maps, more than it concatenates at once."""
+    """Even with six maps, more than it concatenates at once."""
     for classes in (1, 3):
         network = DetectionNetwork(
             with_detector(
@@ -295,7 +302,7 @@ def test_xnnpack_takes_the_whole_graph(tmp_path: Path) -> None:
         ).eval()
         assert network.arch.detector is not None and len(network.arch.detector.heads) == 6
         path = tmp_path / "model.tflite"
-        path.write_bytes(decoded(write_heads(network), network))
+        path.write_bytes(add_decoding(write_heads(network), network))
         [_, row] = Host(HOST).measure(
             PLAN | {"items": [{"id": "x", "path": str(path), "round": 0}]}, tmp_path
         )

@@ -30,7 +30,7 @@ SSDPredictor, EXTRA = (
 
 
 def loud(module: nn.Module) -> Any:
-    """The module in eval mode with statistics that are none of a fresh network."""
+    """The module in eval mode, with statistics unlike those of a fresh network."""
     generator = torch.Generator().manual_seed(1)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -41,7 +41,7 @@ def loud(module: nn.Module) -> Any:
 
 
 def six_maps() -> DetectionNetwork:
-    """With more maps than are joined at once."""
+    """A detector with more maps than XNNPACK concatenates at once."""
     arch = with_detector(
         small_arch().model_copy(update={"detector": None}),
         3,
@@ -65,20 +65,20 @@ def by_onnx(model: bytes, x_NCHW: Tensor) -> dict[str, np.ndarray]:
 
 
 def by_litert(model: bytes, x_NCHW: Tensor) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Outputs, and the operators that run outside of the delegate."""
+    """The outputs, and the names of those that are computed outside the delegate."""
     interpreter = Interpreter(model_content=model, num_threads=1)
     interpreter.allocate_tensors()
     interpreter.set_tensor(
         interpreter.get_input_details()[0]["index"], x_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
     )
     interpreter.invoke()
-    found = {
+    outputs = {
         output["name"]: interpreter.get_tensor(output["index"])
         for output in interpreter.get_output_details()
     }
     delegate = [node for node in interpreter._get_ops_details() if node["op_name"] == "DELEGATE"]
     assert len(delegate) == 1
-    return found, [
+    return outputs, [
         output["name"]
         for output in interpreter.get_output_details()
         if output["index"] not in delegate[0]["outputs"]
@@ -91,9 +91,9 @@ def test_a_whole_detector_computes_what_pytorch_does() -> None:
     x_NCHW = image(BLOCKS[0])
     logits, codes = network(x_NCHW)
     assert logits.std() > 0.01 and codes.std() > 0.01
-    found, outside = by_litert(tflite_writer.write_tflite(network), x_NCHW)
+    by_name, outside = by_litert(tflite_writer.write_tflite(network), x_NCHW)
     assert not outside, f"XNNPACK leaves {outside} to slower kernels"
-    for outputs in (found, by_onnx(onnx_writer.write_onnx(network), x_NCHW)):
+    for outputs in (by_name, by_onnx(onnx_writer.write_onnx(network), x_NCHW)):
         assert list(outputs) == ["logits", "codes"]
         np.testing.assert_allclose(outputs["logits"], logits.numpy(), atol=1e-5)
         np.testing.assert_allclose(outputs["codes"], codes.numpy(), atol=1e-5)
@@ -103,20 +103,20 @@ def test_a_whole_detector_computes_what_pytorch_does() -> None:
 def test_predictors_have_two_outputs() -> None:
     module, x_NCHW = loud(build(SSDPredictor)), image(SSDPredictor)
     classes, boxes = module(x_NCHW)
-    found, _ = by_litert(tflite_writer.write_op(SSDPredictor, module), x_NCHW)
-    np.testing.assert_allclose(found["classes"], classes.permute(0, 2, 3, 1).numpy(), atol=1e-5)
-    np.testing.assert_allclose(found["boxes"], boxes.permute(0, 2, 3, 1).numpy(), atol=1e-5)
-    found = by_onnx(onnx_writer.write_op(SSDPredictor, module), x_NCHW)
-    np.testing.assert_allclose(found["classes"], classes.numpy(), atol=1e-5)
-    np.testing.assert_allclose(found["boxes"], boxes.numpy(), atol=1e-5)
+    outputs, _ = by_litert(tflite_writer.write_op(SSDPredictor, module), x_NCHW)
+    np.testing.assert_allclose(outputs["classes"], classes.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(outputs["boxes"], boxes.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+    outputs = by_onnx(onnx_writer.write_op(SSDPredictor, module), x_NCHW)
+    np.testing.assert_allclose(outputs["classes"], classes.numpy(), atol=1e-5)
+    np.testing.assert_allclose(outputs["boxes"], boxes.numpy(), atol=1e-5)
 
 
 @torch.no_grad()
-def test_an_extra_is_a_block() -> None:
+def test_an_extra_layer_computes_what_pytorch_does() -> None:
     module, x_NCHW = loud(build(EXTRA)), image(EXTRA)
     y_NCHW = module(x_NCHW)
-    found, _ = by_litert(tflite_writer.write_op(EXTRA, module), x_NCHW)
-    np.testing.assert_allclose(found["output"], y_NCHW.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+    outputs, _ = by_litert(tflite_writer.write_op(EXTRA, module), x_NCHW)
+    np.testing.assert_allclose(outputs["output"], y_NCHW.permute(0, 2, 3, 1).numpy(), atol=1e-5)
     np.testing.assert_allclose(
         by_onnx(onnx_writer.write_op(EXTRA, module), x_NCHW)["logits"], y_NCHW.numpy(), atol=1e-5
     )
@@ -140,8 +140,8 @@ def test_every_runtime_gets_its_files(runtime: str, dtype: str) -> None:
         ]
 
 
-def test_other_taps_are_another_file() -> None:
-    """The same ops in the same order, read elsewhere."""
+def test_other_taps_give_another_file() -> None:
+    """The ops and their order are the same, but the detector reads other blocks."""
     arch = small_arch()
     assert arch.detector is not None and arch.detector.taps == (2, 3)
     other = arch.model_copy(update={"detector": arch.detector.model_copy(update={"taps": (1, 3)})})

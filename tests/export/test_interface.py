@@ -1,4 +1,4 @@
-"""Files that take pixels and return probabilities, against the same files without."""
+"""Files that take pixels and return probabilities, against files that do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hwnas.export.convert import onnx_file, to_tflite
 from hwnas.export.interface import Interface, softmax
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.target import target
-from hwnas.export.tflite_detector import decoded, tasks, without_decoding
+from hwnas.export.tflite_detector import add_decoding, tasks, without_decoding
 from hwnas.export.tflite_file import graph_ops
 from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.network import Network, network_of
@@ -50,26 +50,26 @@ CELLS = CELL.decode(
 
 
 def photographs(count: int, size: int) -> np.ndarray:
-    """uint8 [count, size, size, 3], with every value there is."""
+    """uint8 [count, size, size, 3], drawn from all values."""
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 def network(arch: Architecture) -> Network:
-    made = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
-    for name, weight in made.named_parameters():
+    built = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
+    for name, weight in built.named_parameters():
         if name.endswith("linear.weight"):
             weight.data *= 20
-    return made
+    return built
 
 
 @pytest.fixture(scope="module")
 def plain() -> dict[tuple[str, str], bytes]:
-    """Files of networks alone, by architecture and kind."""
+    """Files of just the networks, by architecture and kind."""
     files = {}
     for name, arch in (("blocks", BLOCKS), ("cells", CELLS)):
-        made, shape = network(arch), (1, 3, arch.resolution, arch.resolution)
-        files[name, "fp32"] = to_tflite(made, shape)
-        files[name, "onnx"] = onnx_file(made, shape, metadata={"architecture": "here"})
+        built, shape = network(arch), (1, 3, arch.resolution, arch.resolution)
+        files[name, "fp32"] = to_tflite(built, shape)
+        files[name, "onnx"] = onnx_file(built, shape, metadata={"architecture": "here"})
     seen = PIXELS.seen(photographs(8, BLOCKS.resolution))
     files["blocks", "int8"] = quantize_int8(files["blocks", "fp32"], [seen], float_io=True)
     return files
@@ -89,7 +89,7 @@ def runtime(kind: str) -> str:
 
 
 def run(model: bytes, kind: str, images_NHWC: np.ndarray) -> np.ndarray:
-    """The one output of each image, [N, ...]."""
+    """The only output, for each image: [N, ...]."""
     if kind == "onnx":
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         return np.concatenate(
@@ -110,18 +110,18 @@ def run(model: bytes, kind: str, images_NHWC: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_a_file_that_takes_pixels_gives_what_the_other_gives_for_normalised_ones(
+def test_pixels_give_the_same_outputs_as_normalised_images(
     name: str, kind: str, plain: dict[tuple[str, str], bytes]
 ) -> None:
-    """The int8 file too: behind the normalisation, the numbers are the same down to
-    roundings at the edge of a step.
+    """In the int8 file too: after the normalisation, the numbers are the same but for
+    rounding near the edge of a quantization step.
     """
     images = photographs(6, 16)
     wanted = run(plain[name, kind], kind, ((images / 255 - MEAN) / STD).astype(np.float32))
-    assert wanted.std() > 0.1, "outputs this small would compare silence"
-    found = run(PIXELS.around(plain[name, kind], runtime(kind)), kind, images)
+    assert wanted.std() > 0.1, "with smaller outputs there is nothing to compare"
+    outputs = run(PIXELS.around(plain[name, kind], runtime(kind)), kind, images)
     limit = 0.02 if kind == "int8" else 1e-5
-    assert np.abs(found - wanted).max() / np.abs(wanted).max() < limit
+    assert np.abs(outputs - wanted).max() / np.abs(wanted).max() < limit
     changed = run(PIXELS.around(plain[name, kind], runtime(kind)), kind, images[..., ::-1].copy())
     assert np.abs(changed - wanted).max() / np.abs(wanted).max() > 0.02, (
         "each channel has its own mean"
@@ -134,19 +134,21 @@ def test_probabilities_are_the_softmax_of_the_logits(
 ) -> None:
     images = photographs(6, 16)
     logits = run(PIXELS.around(plain[name, kind], runtime(kind)), kind, images)
-    found = run(BOTH.around(plain[name, kind], runtime(kind)), kind, images)
+    probabilities = run(BOTH.around(plain[name, kind], runtime(kind)), kind, images)
     wanted = torch.from_numpy(logits).softmax(1).numpy()
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    np.testing.assert_allclose(probabilities, wanted, atol=1e-6)
     np.testing.assert_allclose(softmax(logits), wanted, atol=1e-6)
-    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
-    assert found.std() > 0.05
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert probabilities.std() > 0.05
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_the_interface_of_a_tflite_file(
     kind: str, plain: dict[tuple[str, str], bytes], tmp_path: Path
 ) -> None:
-    """Names, types and scale for whoever reads the file alone, and XNNPACK takes all of it."""
+    """Its names, types and scale suffice without other documents, and XNNPACK takes all
+    of the graph.
+    """
     model = BOTH.around(plain["blocks", kind], "litert")
     names = [op.name for op in graph_ops(model)]
     network_names = [op.name for op in graph_ops(plain["blocks", kind])]
@@ -195,7 +197,7 @@ def test_the_interface_of_an_onnx_file(plain: dict[tuple[str, str], bytes]) -> N
     [BOTH, PIXELS, Interface("float32", True, MEAN, STD)],
     ids=["both", "pixels", "softmax"],
 )
-def test_the_network_alone_is_what_it_was_before(
+def test_removing_the_interface_restores_the_network(
     interface: Interface, name: str, kind: str, plain: dict[tuple[str, str], bytes]
 ) -> None:
     before = plain[name, kind]
@@ -205,25 +207,31 @@ def test_the_network_alone_is_what_it_was_before(
     )
     assert alone is not None
     if kind == "onnx":
-        one, other = (onnx.load_model_from_string(model).graph for model in (before, alone))
-        assert [node.op_type for node in one.node] == [node.op_type for node in other.node]
-        assert len(one.initializer) == len(other.initializer)
+        before_graph, after_graph = (
+            onnx.load_model_from_string(model).graph for model in (before, alone)
+        )
+        assert [node.op_type for node in before_graph.node] == [
+            node.op_type for node in after_graph.node
+        ]
+        assert len(before_graph.initializer) == len(after_graph.initializer)
     else:
         assert graph_ops(alone) == graph_ops(before)
     seen = PIXELS.seen(photographs(3, 16))
     assert np.array_equal(run(alone, kind, seen), run(before, kind, seen))
 
 
-def test_nothing_is_done_where_nothing_is_asked_for(plain: dict[tuple[str, str], bytes]) -> None:
-    alone = Interface("float32", False, MEAN, STD)
-    assert alone.around(plain["blocks", "fp32"], "litert") is plain["blocks", "fp32"]
+def test_an_interface_that_changes_nothing_leaves_the_file_alone(
+    plain: dict[tuple[str, str], bytes],
+) -> None:
+    unchanged = Interface("float32", False, MEAN, STD)
+    assert unchanged.around(plain["blocks", "fp32"], "litert") is plain["blocks", "fp32"]
     images = PIXELS.seen(photographs(1, 8))
-    assert alone.fed(images) is images and np.array_equal(alone.seen(images), images)
+    assert unchanged.fed(images) is images and np.array_equal(unchanged.seen(images), images)
 
 
 def test_pixels_come_back_exactly() -> None:
-    """All 256 of them in each channel, through the float32 that a data set gives; and
-    what never was a pixel becomes the nearest.
+    """All 256 values in each channel come back from the float32 that a data set gives;
+    values of no pixel become the nearest one.
     """
     pixels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None, None], 3, axis=3)
     loaded = (
@@ -245,7 +253,7 @@ def test_the_range_of_an_input() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_detectors_take_pixels(dtype: str) -> None:
-    """Rows and detections are those of the file without, and so is the network that is timed."""
+    """Rows, detections and the timed network are those for normalised images."""
     network = lively_network()
     heads = write_heads(network)
     if dtype == "int8":
@@ -255,15 +263,17 @@ def test_detectors_take_pixels(dtype: str) -> None:
     with_pixels = PIXELS.around(heads, "litert")
     step = {"fp32": 2e-4, "int8": 1.0}[dtype]
 
-    def assert_near(found: list[dict[str, Any]], wanted: list[dict[str, Any]], atol: float) -> None:
-        for one, other in zip(found, wanted, strict=True):
-            assert list(one) == list(other)
-            for name in one:
-                np.testing.assert_allclose(one[name], other[name], atol=atol)
+    def assert_near(
+        actual: list[dict[str, Any]], wanted: list[dict[str, Any]], atol: float
+    ) -> None:
+        for outputs, expected in zip(actual, wanted, strict=True):
+            assert list(outputs) == list(expected)
+            for name in outputs:
+                np.testing.assert_allclose(outputs[name], expected[name], atol=atol)
 
     assert_near(
-        run_tflite(decoded(with_pixels, network), images),
-        run_tflite(decoded(heads, network), seen),
+        run_tflite(add_decoding(with_pixels, network), images),
+        run_tflite(add_decoding(heads, network), seen),
         step,
     )
     if dtype == "fp32":
@@ -272,7 +282,7 @@ def test_detectors_take_pixels(dtype: str) -> None:
             run_tflite(tasks(heads, network, CONFIG), seen),
             1e-3,
         )
-    alone = without_decoding(decoded(with_pixels, network))
+    alone = without_decoding(add_decoding(with_pixels, network))
     assert graph_ops(alone) == graph_ops(heads)
-    for one, other in zip(run_tflite(heads, seen), run_tflite(alone, seen), strict=True):
-        assert all(np.array_equal(one[name], other[name]) for name in other)
+    for before, after in zip(run_tflite(heads, seen), run_tflite(alone, seen), strict=True):
+        assert all(np.array_equal(before[name], after[name]) for name in after)

@@ -1,4 +1,4 @@
-"""TFLite metadata as they lie in the file. What programs of others make of them: tests/apps."""
+"""TFLite metadata as stored in the file. In tests/apps, other programs read them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from hwnas.export.metadata import ENTRY, ModelCard, Normalisation, labels_text, 
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration
 from hwnas.export.stage import refused_by_mediapipe, stretched_by_apps
-from hwnas.export.tflite_detector import decoded, tasks, without_decoding
-from hwnas.export.tflite_file import Graph, graph_ops
+from hwnas.export.tflite_detector import add_decoding, tasks, without_decoding
+from hwnas.export.tflite_file import TFLiteGraph, graph_ops
 from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.checkpoint import save_network
 from hwnas.nn.network import network_of
@@ -68,8 +68,8 @@ def pictures() -> np.ndarray:
 def outputs(model: bytes) -> np.ndarray:
     return np.stack(
         [
-            next(iter(found.values()))
-            for found in run_tflite(model, torch.from_numpy(pictures()).permute(0, 3, 1, 2))
+            next(iter(by_name.values()))
+            for by_name in run_tflite(model, torch.from_numpy(pictures()).permute(0, 3, 1, 2))
         ]
     )
 
@@ -77,8 +77,8 @@ def outputs(model: bytes) -> np.ndarray:
 def entry(model: bytes) -> bytes:
     """The metadata flatbuffer of a file."""
     parsed = schema.ModelT.InitFromPackedBuf(model)
-    [found] = [each.buffer for each in parsed.metadata if each.name == ENTRY.encode()]
-    return bytes(parsed.buffers[found].data)
+    [index] = [metadata.buffer for metadata in parsed.metadata if metadata.name == ENTRY.encode()]
+    return bytes(parsed.buffers[index].data)
 
 
 def root(packed: bytes) -> Table:
@@ -87,12 +87,12 @@ def root(packed: bytes) -> Table:
 
 
 def field(table: Table, number: int) -> int:
-    """Where a field lies in its table."""
+    """The offset of a field in its table."""
     return int(table.Offset(4 + 2 * number))
 
 
 def child(table: Table, number: int, position: int | None = None) -> Table:
-    """A table that a field holds, itself or in a vector."""
+    """The table in a field, or the one at a position of the vector in it."""
     if position is None:
         return Table(table.Bytes, table.Indirect(field(table, number) + table.Pos))
     return Table(table.Bytes, table.Indirect(table.Vector(field(table, number)) + 4 * position))
@@ -114,7 +114,7 @@ def normalisation(model: bytes) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_the_graph_computes_what_it_did_and_has_names(converted: bytes, int8: bool) -> None:
+def test_the_graph_computes_the_same_and_gets_names(converted: bytes, int8: bool) -> None:
     before = quantize_int8(converted, [pictures()], float_io=True) if int8 else converted
     model = with_metadata(before, CARD)
     assert np.array_equal(outputs(model), outputs(before)) and graph_ops(model) == graph_ops(before)
@@ -128,12 +128,12 @@ def test_the_graph_computes_what_it_did_and_has_names(converted: bytes, int8: bo
     assert len(names) == len(set(names))
 
 
-def test_a_name_that_another_tensor_has_is_taken_from_it() -> None:
+def test_another_tensor_with_the_same_name_is_renamed() -> None:
     network = lively_network()
     heads = quantize_int8(
         write_heads(network), [images(4).permute(0, 2, 3, 1).numpy()], float_io=True
     )
-    model = with_metadata(decoded(heads, network), replace(CARD, output="decoded"))
+    model = with_metadata(add_decoding(heads, network), replace(CARD, output="decoded"))
     names = [tensor.name for tensor in schema.ModelT.InitFromPackedBuf(model).subgraphs[0].tensors]
     assert len(names) == len(set(names)) and b"image" in names and b"detections" in names
 
@@ -148,7 +148,7 @@ def test_labels_follow_the_model_as_a_zip_archive(converted: bytes) -> None:
     assert text(root(entry(model)), tables.Model.NAME) == "small"
 
 
-def test_normalisation_is_of_pixel_values(converted: bytes) -> None:
+def test_normalisation_is_in_pixel_values(converted: bytes) -> None:
     assert normalisation(with_metadata(converted, CARD)) == ([127.5], [127.5])
     per_channel = Normalisation.of_parts((0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
     mean, std = normalisation(with_metadata(converted, replace(CARD, normalisation=per_channel)))
@@ -165,7 +165,7 @@ def test_an_input_of_pixels_has_no_normalisation(converted: bytes) -> None:
 @pytest.mark.parametrize(
     ("channels", "color"), [(3, tables.ColorSpace.RGB), (1, tables.ColorSpace.GRAYSCALE)]
 )
-def test_the_image_is_of_a_colour_space(
+def test_the_colour_space_of_the_image(
     converted: bytes, channels: int, color: tables.ColorSpace
 ) -> None:
     model = root(entry(with_metadata(converted, replace(CARD, channels=channels))))
@@ -200,20 +200,22 @@ def test_score_calibration_is_a_file_and_a_process_unit(converted: bytes) -> Non
     assert text(child(logits, tables.Tensor.FILES, 1), tables.File.NAME) == "score_calibration.txt"
 
 
-def test_detectors_files_are_opened_again_without_their_metadata() -> None:
+def test_reopening_a_detectors_file_drops_its_metadata() -> None:
     network = lively_network()
     heads = write_heads(network)
-    bare = decoded(heads, network)
+    bare = add_decoding(heads, network)
     model = with_metadata(bare, replace(CARD, output="decoded"))
     assert without_decoding(model) == without_decoding(bare)
     assert len(without_decoding(bare)) <= len(heads) + 1024 < len(bare)
     chosen = tasks(heads, network, SETTINGS)
-    graph, first, exits = Graph.opened(with_metadata(chosen, replace(CARD, output="tasks")))
+    graph, first, exits = TFLiteGraph.open(with_metadata(chosen, replace(CARD, output="tasks")))
     again = graph.pack(first, *exits)
     assert ENTRY.encode() not in again
-    for one, other in zip(run_tflite(chosen, images()), run_tflite(again, images()), strict=True):
-        assert list(one) == list(other) == ["boxes", "classes", "scores", "count"]
-        assert all(np.array_equal(one[name], other[name]) for name in one)
+    for before, after in zip(
+        run_tflite(chosen, images()), run_tflite(again, images()), strict=True
+    ):
+        assert list(before) == list(after) == ["boxes", "classes", "scores", "count"]
+        assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_a_label_has_one_line() -> None:
@@ -221,19 +223,19 @@ def test_a_label_has_one_line() -> None:
 
 
 class Heard(Progress):
-    """Keeps what was said."""
+    """Keeps the messages."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def info(self, message: str) -> None:
-        self.said.append(message)
+        self.messages.append(message)
 
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The bundle of a classifier of photographs with a border, normalised per channel,
-    and what its export said.
+    """The bundle of a classifier whose photographs are padded and normalised per
+    channel, and the messages of its export.
     """
     folder = tmp_path_factory.mktemp("padded")
     for place in ("train/cat", "train/dog", "val/cat", "val/dog"):
@@ -258,7 +260,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     save_network(network, folder / "run" / "train" / "model.safetensors", {})
     heard = Heard()
     Pipeline(experiment, folder / "run", heard).run_stage("export")
-    return folder / "run" / "export", heard.said
+    return folder / "run" / "export", heard.messages
 
 
 def test_the_image_is_described_as_the_bundle_describes_it(padded: tuple[Path, list[str]]) -> None:
@@ -271,8 +273,8 @@ def test_the_image_is_described_as_the_bundle_describes_it(padded: tuple[Path, l
 
 
 def test_export_says_once_what_apps_do_with_its_files(padded: tuple[Path, list[str]]) -> None:
-    _, said = padded
-    refused, stretched = (line for line in said if line.startswith("note: "))
+    _, messages = padded
+    refused, stretched = (line for line in messages if line.startswith("note: "))
     assert (
         refused.startswith("note: MediaPipe's tasks normalise float32 input with one mean and std")
         and "'uint8'" in refused
@@ -302,27 +304,28 @@ def test_bundles_that_mediapipe_refuses(
     reason: str | None,
     padded: tuple[Path, list[str]],
 ) -> None:
-    """Grey images, and float input that is normalised per channel; MediaPipe itself
-    says so in tests/apps.
+    """Those with greyscale images, and those with float input that is normalised per
+    channel. tests/apps shows it with MediaPipe itself.
     """
     bundle = Bundle.load(padded[0] / "bundle.json")
     files = bundle.files
     if pixels:
-        takes = [
+        inputs = [
             file.input.model_copy(update={"dtype": "uint8"})
             for file in files
             if file.input is not None
         ]
         files = tuple(
-            file.model_copy(update={"input": each}) for file, each in zip(files, takes, strict=True)
+            file.model_copy(update={"input": input_})
+            for file, input_ in zip(files, inputs, strict=True)
         )
     preprocessing = bundle.preprocessing.model_copy(
         update={"channels": len(mean), "mean": mean, "std": std}
     )
-    found = refused_by_mediapipe(
+    note = refused_by_mediapipe(
         bundle.model_copy(update={"files": files, "preprocessing": preprocessing})
     )
-    assert found is None if reason is None else reason in str(found)
+    assert note is None if reason is None else reason in str(note)
     onnx = tuple(file for file in files if file.runtime == "onnxruntime")
     assert (
         onnx
@@ -339,14 +342,12 @@ def test_bundles_that_mediapipe_refuses(
 def test_bundles_whose_photographs_apps_stretch(
     mode: str | None, stretched: bool, padded: tuple[Path, list[str]]
 ) -> None:
-    """Of a plug-in's data (None) nobody knows."""
+    """Nothing is known of a plug-in's data (None)."""
     bundle = Bundle.load(padded[0] / "bundle.json")
     bundle = bundle.model_copy(
         update={"preprocessing": bundle.preprocessing.model_copy(update={"mode": mode})}
     )
-    found = stretched_by_apps(bundle)
-    assert (found is not None) == stretched and (
-        not stretched or f"made for {mode!r}" in str(found)
-    )
+    note = stretched_by_apps(bundle)
+    assert (note is not None) == stretched and (not stretched or f"made for {mode!r}" in str(note))
     onnx = tuple(file for file in bundle.files if file.runtime == "onnxruntime")
     assert stretched_by_apps(bundle.model_copy(update={"files": onnx})) is None

@@ -43,15 +43,15 @@ def test_onnxruntime_agrees_with_pytorch(exported: tuple[nn.Module, Path]) -> No
         wanted = module(x_NCHW).numpy()
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     got = session.run(["logits"], {"image": x_NCHW.numpy()})[0]
-    assert wanted.std() > 0.1, "logits this small would compare silence"
+    assert wanted.std() > 0.1, "with smaller logits there is nothing to compare"
     assert np.abs(got - wanted).max() / np.abs(wanted).max() < 1e-4
 
 
-def test_the_file_says_what_it_is(exported: tuple[nn.Module, Path]) -> None:
+def test_the_file_describes_itself(exported: tuple[nn.Module, Path]) -> None:
     _, path = exported
     model = onnx.load(path, load_external_data=False)
     assert [entry.name for entry in path.parent.iterdir()] == ["net.onnx"], (
-        "weights inside, nothing else"
+        "the weights are inside, and there is no other file"
     )
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert {entry.key: entry.value for entry in model.metadata_props} == {
@@ -64,7 +64,7 @@ def test_the_file_says_what_it_is(exported: tuple[nn.Module, Path]) -> None:
     assert tuple(axis.dim_value for axis in shape.dim) == SHAPE
 
 
-def test_batch_norms_are_folded_and_the_tracer_left_no_notes(
+def test_batch_norms_are_folded_and_the_tracer_leaves_no_notes(
     exported: tuple[nn.Module, Path],
 ) -> None:
     _, path = exported

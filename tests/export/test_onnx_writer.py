@@ -1,4 +1,4 @@
-"""Files written directly against the exporter's: the same operators, before and after
+"""Our own files compared with the exporter's: the same operators, before and after
 onnxruntime's optimisation, and the same numbers.
 """
 
@@ -70,7 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def run(model: bytes, images_NHWC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Outputs [N, ...], channels last where they are feature maps."""
+    """Outputs [N, ...], with the channels last if they are feature maps."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     [entry] = session.get_inputs()
     images_NCHW = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
@@ -94,10 +94,10 @@ def nodes(model: bytes) -> list[tuple[Any, ...]]:
 
 
 def optimised(model: bytes, folder: Path) -> bytes:
-    """What onnxruntime makes of a file with all its optimisations, those for this CPU included."""
+    """The file after all optimisations of onnxruntime, even those for this CPU."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.log_severity_level = 3  # or it warns that such a file belongs to this CPU
+    options.log_severity_level = 3  # no warning that the file is only for this CPU
     onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return (folder / "optimised.onnx").read_bytes()
 
@@ -116,9 +116,9 @@ def test_the_outputs_are_those_of_the_exporter_and_of_pytorch(case: Case) -> Non
     assert relative_error(written, run_torch(case.module, case.images_NHWC)) < 1e-6
 
 
-def test_the_file_says_what_the_exporters_says(case: Case) -> None:
-    """Versions, the names and shapes at its ends, the number of values between: the
-    checker holds all shapes against its own.
+def test_the_file_declares_what_the_exporters_does(case: Case) -> None:
+    """Versions, names and shapes of inputs and outputs, and the number of values in
+    between, whose shapes the checker compares with its own.
     """
     written, exported = (onnx.load_from_string(model) for model in (case.written, case.exported))
     onnx.checker.check_model(written, full_check=True)
@@ -130,7 +130,9 @@ def test_the_file_says_what_the_exporters_says(case: Case) -> None:
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_detectors_are_those_of_the_exporter(scores: Scores, tmp_path: Path) -> None:
+def test_detectors_have_the_operators_and_outputs_of_the_exporters(
+    scores: Scores, tmp_path: Path
+) -> None:
     network = lively_network(scores)
     names = ("logits", "codes")
     exported = onnx_file(network, (1, 3, 64, 64), metadata={}, output_names=names)
@@ -145,8 +147,8 @@ def test_detectors_are_those_of_the_exporter(scores: Scores, tmp_path: Path) -> 
 
 
 def operators(model: bytes) -> Counter[str]:
-    """How often each operator occurs: the exporter visits the maps of a detector in
-    another order.
+    """How often each operator occurs. Their order differs, as the exporter visits the
+    maps of a detector in another one.
     """
     return Counter(node.op_type for node in onnx.load_from_string(model).graph.node)
 
@@ -160,8 +162,8 @@ def run_output(model: bytes, name: str) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("name", MACRO_SPACES)
 def test_networks_of_every_space_compute_what_pytorch_does(name: str) -> None:
     network = spaces.network_of(name, "random")
-    found_NC = run(write_onnx(network), spaces.images(network).permute(0, 2, 3, 1).numpy())
-    spaces.assert_same(found_NC, network)
+    outputs_NC = run(write_onnx(network), spaces.images(network).permute(0, 2, 3, 1).numpy())
+    spaces.assert_same(outputs_NC, network)
 
 
 def test_names_are_unique() -> None:

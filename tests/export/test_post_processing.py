@@ -1,5 +1,5 @@
-"""The NumPy post-processor, against torchvision's on random and on a network's outputs,
-and by hand.
+"""The NumPy post-processor, against torchvision's on a network's outputs and on random
+ones, and by hand.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ CONFIGS = [
 ]
 
 
-def assert_same(found: DetectionArrays, judge: Detections) -> None:
-    """The same detections, best first; rounding may swap neighbours of nearly the same score."""
-    boxes, scores, classes = found
+def assert_same(actual: DetectionArrays, expected: Detections) -> None:
+    """Assert the same detections, best first. Rounding may swap neighbours whose scores
+    are nearly equal.
+    """
+    boxes, scores, classes = actual
     assert (boxes.dtype, scores.dtype, classes.dtype) == (np.float32, np.float32, np.int64)
-    np.testing.assert_allclose(scores, judge.scores_D.numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores, expected.scores_D.numpy(), atol=1e-5)
     rows = np.column_stack([boxes / 64, scores, classes])
     wanted = np.column_stack(
-        [judge.boxes_D4.numpy() / 64, judge.scores_D.numpy(), judge.classes_D.numpy()]
+        [expected.boxes_D4.numpy() / 64, expected.scores_D.numpy(), expected.classes_D.numpy()]
     )
     nearest = np.abs(rows[None] - wanted[:, None]).max(axis=2)
     assert nearest.min(axis=1, initial=1.0).max(initial=0.0) < 1e-5 and len(
@@ -58,11 +60,11 @@ def test_it_finds_what_torchvision_finds(config: PostProcessing, scores: Scores)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         outputs, rows = network(x_NCHW), Decoded(network)(x_NCHW)
-    judge = PostProcessor(network.arch, config)
-    found = [read_decoded(row, config.model_dump(), 64, 3) for row in rows.numpy()]
-    assert max(len(each[1]) for each in found) > 4 or scores == "sigmoid"
-    for one, other in zip(found, judge(outputs), strict=True):
-        assert_same(one, other)
+    reference = PostProcessor(network.arch, config)
+    detections = [read_decoded(row, config.model_dump(), 64, 3) for row in rows.numpy()]
+    assert max(len(arrays[1]) for arrays in detections) > 4 or scores == "sigmoid"
+    for actual, expected in zip(detections, reference(outputs), strict=True):
+        assert_same(actual, expected)
 
     class Random(torch.nn.Module):
         arch = network.arch
@@ -71,13 +73,13 @@ def test_it_finds_what_torchvision_finds(config: PostProcessing, scores: Scores)
             return self.logits, self.codes
 
     anchors = rows.shape[1]
-    spread = 3 if scores == "softmax" else 1  # sigmoids of more are 1, and ties
+    spread = 3 if scores == "softmax" else 1  # more would give sigmoids of 1, hence ties
     Random.logits = spread * torch.randn(2, anchors, 4, generator=generator)  # type: ignore[attr-defined]
     Random.codes = torch.randn(2, anchors, 4, generator=generator)  # type: ignore[attr-defined]
     random = Random()
     rows = Decoded(random)(x_NCHW).numpy()  # type: ignore[arg-type]
-    for row, other in zip(rows, judge(random(x_NCHW)), strict=True):
-        assert_same(read_decoded(row, config.model_dump(), 64, 3), other)
+    for row, expected in zip(rows, reference(random(x_NCHW)), strict=True):
+        assert_same(read_decoded(row, config.model_dump(), 64, 3), expected)
 
 
 def test_by_hand() -> None:
@@ -85,7 +87,7 @@ def test_by_hand() -> None:
         [
             [0, 0, 10, 10, 0.6, 0.7],
             [0, 0, 10, 9, 0.5, 0.1],  # IoU 0.9 with the first
-            [0, 5, 10, 15, 0.55, 0.9],  # 1/3 with it
+            [0, 5, 10, 15, 0.55, 0.9],  # IoU 1/3 with the first
             [3, 3, 3, 3, 0.4, 0.0],  # no area: overlaps nothing
         ],
         np.float32,
@@ -97,13 +99,15 @@ def test_by_hand() -> None:
     assert classes.tolist() == [1, 1, 0, 0, 0] and boxes[:, 1].tolist() == [5, 0, 0, 5, 3]
     few = post_process(rows, min_score=0.1, nms_iou=0.3, candidates=1, detections_per_image=10)
     assert few[2].tolist() == [1, 0]
-    assert apart(rows[:3, :4], 0.9).tolist() == [0, 1, 2], "as much as the threshold is not more"
+    assert apart(rows[:3, :4], 0.9).tolist() == [0, 1, 2], (
+        "an IoU equal to the threshold is allowed"
+    )
 
 
 @pytest.mark.parametrize("limit", [None, 1, 7, 1000])
 @pytest.mark.parametrize("nms_iou", [0.0, 0.3, 0.6, 1.0])
 def test_greedy_suppression_box_by_box(nms_iou: float, limit: int | None) -> None:
-    """As the definition says it, of boxes some of which are equal and some without area."""
+    """By its definition, for boxes of which some are equal and some have no area."""
     rng = np.random.default_rng(0)
     corners = rng.integers(0, 30, (80, 2))
     boxes = np.hstack([corners, corners + rng.integers(0, 20, (80, 2))]).astype(np.float32)
@@ -119,7 +123,7 @@ def test_greedy_suppression_box_by_box(nms_iou: float, limit: int | None) -> Non
     assert apart(boxes, nms_iou, limit).tolist() == kept[:limit]
 
 
-def test_of_equal_scores_the_first_are_candidates() -> None:
+def test_the_first_of_equal_scores_become_candidates() -> None:
     rows = np.zeros((9, 5), np.float32)
     rows[:, 0] = rows[:, 1] = 10 * np.arange(9)
     rows[:, 2:4] = rows[:, :2] + 5
@@ -133,13 +137,13 @@ def test_of_equal_scores_the_first_are_candidates() -> None:
 
 
 @pytest.mark.parametrize("read", [read_decoded, read_nms, read_tasks])
-def test_nothing_is_found_in_nothing(read: post_processing.Reader) -> None:
+def test_empty_outputs_have_no_detections(read: post_processing.Reader) -> None:
     row = np.zeros(7 * 6 + (read is read_tasks), np.float32)
     boxes, scores, classes = read(row, PostProcessing().model_dump(), 64, 2)
     assert (boxes.shape, scores.shape, classes.shape) == ((0, 4), (0,), (0,))
 
 
-def test_rows_that_no_file_should_give_are_dropped() -> None:
+def test_invalid_rows_are_dropped() -> None:
     rows = np.array(
         [[0, 0, 9, 9, 0.9, 1], [0, 0, 9, 9, 0.8, 2], [0, 0, 9, 9, 0.7, -1], [0, 0, 9, 9, 0, 0]],
         np.float32,
@@ -159,7 +163,7 @@ def test_boxes_of_the_tasks_operator_become_pixels() -> None:
     assert (boxes.tolist(), scores.tolist(), classes.tolist()) == ([[0, 16, 64, 32]], [0.75], [1])
 
 
-def test_it_needs_numpy_alone() -> None:
+def test_it_needs_only_numpy() -> None:
     code = (
         "import sys, runpy; runpy.run_path(sys.argv[1]); print({'torch', 'hwnas'} &"
         " set(sys.modules))"

@@ -1,5 +1,5 @@
-"""What a bundle says of its input: an app that reads the JSON alone, with Pillow and
-NumPy, gets the tensors of the data loader.
+"""A bundle's description of its input: an app that has only the JSON, Pillow and NumPy
+gets the tensors of the data loader.
 """
 
 from __future__ import annotations
@@ -35,29 +35,33 @@ GEOMETRIES: list[dict[str, Any]] = [
 ]
 
 
-def of_an_app(said: dict[str, Any], image: Image.Image) -> np.ndarray:
-    """A photograph as float32 [H, W, C], by what ``preprocessing`` of a ``bundle.json`` says."""
+def app_input(description: dict[str, Any], image: Image.Image) -> np.ndarray:
+    """A photograph as float32 [H, W, C], made as ``preprocessing`` in a ``bundle.json``
+    describes it.
+    """
     size, filters = (
-        said["resolution"],
+        description["resolution"],
         {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC},
     )
-    image = image.convert({1: "L", 3: "RGB"}[said["channels"]])
-    if said["mode"] == "squash":
+    image = image.convert({1: "L", 3: "RGB"}[description["channels"]])
+    if description["mode"] == "squash":
         width = height = size
-    elif said["mode"] == "crop":
-        width, height = (side * said["shorter_side"] // min(image.size) for side in image.size)
+    elif description["mode"] == "crop":
+        width, height = (
+            side * description["shorter_side"] // min(image.size) for side in image.size
+        )
     else:
         width, height = (side * size // max(image.size) for side in image.size)
-    scaled = image.resize((width, height), filters[said["interpolation"]])
-    colour = tuple(said.get("padding", (0,) * said["channels"]))
+    scaled = image.resize((width, height), filters[description["interpolation"]])
+    colour = tuple(description.get("padding", (0,) * description["channels"]))
     framed = Image.new(image.mode, (size, size), colour if len(colour) > 1 else colour[0])
     framed.paste(scaled, (round((size - width) / 2), round((size - height) / 2)))
-    pixels = np.asarray(framed, dtype=np.float32).reshape(size, size, said["channels"])
-    return (pixels / 255 - np.float32(said["mean"])) / np.float32(said["std"])
+    pixels = np.asarray(framed, dtype=np.float32).reshape(size, size, description["channels"])
+    return (pixels / 255 - np.float32(description["mean"])) / np.float32(description["std"])
 
 
 def drawn(width: int, height: int) -> Image.Image:
-    """A picture with edges, slopes and colours."""
+    """A picture with edges, gradients and colours."""
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     draw = ImageDraw.Draw(image)
     draw.ellipse((width // 4, height // 5, width // 2, height // 2), fill=(220, 40, 30))
@@ -69,8 +73,8 @@ def drawn(width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEG files that are not square: two that are drawn and, where there are shared
-    data, some of COCO's.
+    """JPEG files that are not square: two drawn ones and, if the shared data are
+    available, some of COCO's.
     """
     folder = tmp_path_factory.mktemp("photographs")
     drawn(301, 187).save(folder / "wide.jpg", quality=90)
@@ -86,15 +90,15 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def says(config: DataConfig, images: Images) -> dict[str, Any]:
-    """What is in the file."""
-    found: dict[str, Any] = json.loads(preprocessing(config, images).model_dump_json())
-    return found
+def described(config: DataConfig, images: Images) -> dict[str, Any]:
+    """The description as stored in the file."""
+    content: dict[str, Any] = json.loads(preprocessing(config, images).model_dump_json())
+    return content
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_an_app_makes_the_input_of_a_classifier(
+def test_an_app_reproduces_the_input_of_a_classifier(
     photographs: Path, tmp_path: Path, geometry: dict[str, Any], channels: int
 ) -> None:
     for part in ("train", "val"):
@@ -114,19 +118,19 @@ def test_an_app_makes_the_input_of_a_classifier(
     for x, path in zip(x_NCHW, files, strict=True):
         assert (
             np.abs(
-                x.permute(1, 2, 0).numpy() - of_an_app(says(config, test), Image.open(path))
+                x.permute(1, 2, 0).numpy() - app_input(described(config, test), Image.open(path))
             ).max()
             < 1e-5
         )
 
 
 @pytest.mark.parametrize(
-    "geometry", [each for each in GEOMETRIES if each["resize"] != "crop"], ids=str
+    "geometry", [geometry for geometry in GEOMETRIES if geometry["resize"] != "crop"], ids=str
 )
-def test_an_app_makes_the_input_of_a_detector(
+def test_an_app_reproduces_the_input_of_a_detector(
     photographs: Path, tmp_path: Path, geometry: dict[str, Any]
 ) -> None:
-    """The loader resizes tensors here, whose arithmetic is another: a grey level apart at most."""
+    """Here the loader resizes tensors: results differ by at most one grey level."""
     pictures = {path.name: Image.open(path) for path in sorted(photographs.iterdir())}
     write_coco(tmp_path, pictures, [(0, 3, [10, 10, 40, 40])], "val")
     config = coco_config(
@@ -137,21 +141,21 @@ def test_an_app_makes_the_input_of_a_detector(
     for x, name in zip(x_NCHW, pictures, strict=True):
         differences = np.abs(
             x.permute(1, 2, 0).numpy()
-            - of_an_app(says(config, test), Image.open(tmp_path / "val" / name))
+            - app_input(described(config, test), Image.open(tmp_path / "val" / name))
         )
         assert (differences * config.std).max() < 1.01 / 255
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_an_app_makes_the_input_from_arrays(tmp_path: Path, geometry: dict[str, Any]) -> None:
-    """Pillow rounds to grey levels between rows and columns, too, which bicubic
-    weights, some of them negative, make more of.
+def test_an_app_reproduces_the_input_from_arrays(tmp_path: Path, geometry: dict[str, Any]) -> None:
+    """Pillow also rounds to grey levels between its passes over rows and columns, and
+    bicubic weights, some of them negative, amplify that.
     """
     levels = 2.01 if geometry.get("interpolation") == "bicubic" else 1.01
     pictures = [drawn(90, 60), drawn(90, 60).transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     np.savez(
         tmp_path / "test.npz",
-        x=np.stack([np.asarray(each) for each in pictures]),
+        x=np.stack([np.asarray(drawing) for drawing in pictures]),
         y=np.array([0, 1]),
     )
     config = DataConfig(name="npz", path=str(tmp_path), resolution=48, classes=2, **geometry)
@@ -159,29 +163,30 @@ def test_an_app_makes_the_input_from_arrays(tmp_path: Path, geometry: dict[str, 
     x_NCHW, _ = test.__getitems__([(0, 0), (1, 0)])
     for x, picture in zip(x_NCHW, pictures, strict=True):
         differences = (
-            np.abs(x.permute(1, 2, 0).numpy() - of_an_app(says(config, test), picture)) * config.std
+            np.abs(x.permute(1, 2, 0).numpy() - app_input(described(config, test), picture))
+            * config.std
         )
         assert differences.max() < levels / 255
         assert differences.mean() < 0.3 / 255
 
 
-def test_it_is_said_in_words_and_in_numbers(tmp_path: Path) -> None:
+def test_the_description_is_in_words_and_in_numbers(tmp_path: Path) -> None:
     drawn(20, 30).save(tmp_path / "a.png")
     for part in ("train/a", "val/a", "val/b", "train/b"):
         (tmp_path / part).mkdir(parents=True)
         shutil.copy(tmp_path / "a.png", tmp_path / part)
     config = DataConfig(name="folder", path=str(tmp_path), resolution=224, classes=2)
-    found = {}
+    by_setting = {}
     for augment, resize in (("imagenet", None), ("crop_flip", None), ("crop_flip", "pad")):
         changed = config.model_copy(update={"augment": augment, "resize": resize})
-        said = says(changed, load_images(changed, "test"))
-        assert {name: said.pop(name) for name in ("resolution", "channels")} == {
+        description = described(changed, load_images(changed, "test"))
+        assert {name: description.pop(name) for name in ("resolution", "channels")} == {
             "resolution": 224,
             "channels": 3,
         }
-        del said["mean"], said["std"]
-        found[augment, resize] = said
-    assert found == {
+        del description["mean"], description["std"]
+        by_setting[augment, resize] = description
+    assert by_setting == {
         ("imagenet", None): {
             "resize": (
                 "shorter side to 256, the longer one in proportion (rounded down), bicubic with"
@@ -213,7 +218,7 @@ def test_it_is_said_in_words_and_in_numbers(tmp_path: Path) -> None:
 
 
 class OfAPlugIn(Images):
-    """Two black images of a data set that knows nothing of geometries."""
+    """Two black images of a data set that does not know of resize modes."""
 
     def __init__(self) -> None:
         self.labels, self.names, self.resizing = np.array([0, 1]), ("a", "b"), "by hand"
@@ -222,16 +227,16 @@ class OfAPlugIn(Images):
         return torch.zeros(len(requests), 3, 8, 8), torch.tensor([index for index, _ in requests])
 
 
-def test_a_plug_in_says_it_in_its_own_words() -> None:
+def test_a_plug_in_describes_its_images_in_its_own_words() -> None:
     config = DataConfig(name="of_a_plug_in", resolution=8, classes=2)
     for images in (OfAPlugIn(), Portion(OfAPlugIn(), 0.5)):
-        assert says(config, images) == {
+        assert described(config, images) == {
             "resolution": 8, "channels": 3, "resize": "by hand", "mean": list(config.mean), "std": list(config.std)
         }  # fmt: skip
 
 
-def test_what_an_older_bundle_says_stays_as_it_is() -> None:
-    """Its hash is of its JSON, in which there is nothing new."""
+def test_the_description_in_an_older_bundle_stays_unchanged() -> None:
+    """A bundle's hash is that of its JSON, so reading one must not add keys."""
     older = {
         "resolution": 32,
         "channels": 1,

@@ -24,8 +24,8 @@ torch.set_num_threads(1)
 
 RESOLUTION = 64
 NEW_SHAPES = ("mobilenet_v3_like", "fbnet", "ofa_mobilenet_v3")
-"""Spaces with shuffles, gates or pooled heads; the others consist of layers that
-test_onnx.py covers. An export takes seconds.
+"""Spaces with shuffles, gates or pooled heads. The others consist of layers that
+test_onnx.py covers, and an export takes seconds.
 """
 
 
@@ -39,8 +39,8 @@ def arch_of(name: str, which: str) -> Architecture:
 
 
 def macs(option: str | int) -> float:
-    """What an option costs at some fixed shape; widths, depths and resolutions are
-    their own measure.
+    """The MACs of an option at a fixed shape; widths, depths and resolutions are their
+    own measure.
     """
     if isinstance(option, int):
         return option
@@ -56,8 +56,8 @@ def network_of(name: str, which: str) -> ClassificationNetwork:
 
 @torch.no_grad()
 def trained(network: ClassificationNetwork) -> ClassificationNetwork:
-    """BN statistics of a batch of noise, then shifted: as after training, activations
-    neither vanish nor explode.
+    """The network with random BN weights and BN statistics of a batch of noise, so that
+    activations neither vanish nor explode, as after training.
     """
     generator = torch.Generator().manual_seed(1)
     norms = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
@@ -81,13 +81,13 @@ def images(network: ClassificationNetwork) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-def assert_same(found_NC: np.ndarray, network: ClassificationNetwork) -> None:
+def assert_same(outputs_NC: np.ndarray, network: ClassificationNetwork) -> None:
     with torch.inference_mode():
         expected_NC = network(images(network)).numpy()
     assert np.abs(expected_NC[0] - expected_NC[1]).max() > 0.1, (
-        "outputs that do not depend on the image would compare silence"
+        "if outputs do not depend on the image, there is nothing to compare"
     )
-    assert np.abs(found_NC - expected_NC).max() < 1e-4 * np.abs(expected_NC).max()
+    assert np.abs(outputs_NC - expected_NC).max() < 1e-4 * np.abs(expected_NC).max()
 
 
 @pytest.mark.parametrize("which", ["smallest", "largest", "random"])
@@ -123,7 +123,7 @@ def test_onnxruntime_computes_what_pytorch_does(name: str, tmp_path: Path) -> No
     )
 
 
-def test_the_corners_are_corners() -> None:
+def test_the_smallest_and_largest_networks_are_the_extremes() -> None:
     for name in MACRO_SPACES:
         small, middle, large = (
             arch_of(name, which).macs for which in ("smallest", "random", "largest")

@@ -1,4 +1,4 @@
-"""TFLite files against PyTorch: same numbers, and the graph that a phone runs well."""
+"""TFLite files against PyTorch: the same numbers, and a graph that suits phones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = (1, 16, 14, 14)
 
 
 class Block(nn.Module):
-    """MBConv: expand, depthwise, project; a residual where the shape allows."""
+    """MBConv: expand, depthwise, project; with a residual if the shape allows one."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, kernel: int = 3) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Net(nn.Module):
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """Batch norms as after training, or the outputs are too small to compare."""
+    """Batch norms as after training: otherwise outputs are too small to compare."""
     generator = torch.Generator().manual_seed(0)
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -109,7 +109,7 @@ def run_litert(model: bytes, images_NHWC: np.ndarray[Any, Any]) -> np.ndarray[An
 
 def relative_error(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
     assert got.shape == wanted.shape
-    assert wanted.std() > 0.1, "outputs this small would compare silence"
+    assert wanted.std() > 0.1, "with smaller outputs there is nothing to compare"
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
@@ -189,30 +189,30 @@ def test_int8_is_int8_throughout_and_close(net: tuple[nn.Module, bytes], float_i
     assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.99
 
 
-def test_ranges_are_the_extremes_of_every_tensor_as_the_quantizer_finds_them(
+def test_activation_ranges_are_those_that_the_quantizer_finds(
     net: tuple[nn.Module, bytes],
 ) -> None:
-    """The judge copies every tensor to Python, which is exact and slow."""
+    """The quantizer's calibrator copies all tensors to Python: exact, but slow."""
     _, model = net
     key, name, _, _ = quantization._signature(model)
     samples = {key: [{name: image[None]} for image in images((1, 3, 32, 32), 5)]}
     manager = recipe_manager.RecipeManager()
     manager.load_quantization_recipe(recipe.static_wi8_ai8())
     mode = calibrator.CalibrationMode.CALIBRATION_PRESERVE_ALL_TENSORS
-    judge = calibrator.Calibrator(
+    reference = calibrator.Calibrator(
         model, num_threads=1, mode=mode, qsv_update_func=qsv_utils.min_max_update
     )
-    judge.calibrate(samples, manager)
-    wanted = judge.get_model_qsvs()
-    found = quantization._activation_ranges(model, samples, recipe.static_wi8_ai8())
-    assert found.keys() == wanted.keys()
-    assert len(found) > 10
-    for tensor, ranges in found.items():
+    reference.calibrate(samples, manager)
+    wanted = reference.get_model_qsvs()
+    by_tensor = quantization._activation_ranges(model, samples, recipe.static_wi8_ai8())
+    assert by_tensor.keys() == wanted.keys()
+    assert len(by_tensor) > 10
+    for tensor, ranges in by_tensor.items():
         for end in ("min", "max"):
             np.testing.assert_array_equal(ranges[end], wanted[tensor][end], tensor, strict=True)
 
 
-def test_an_operator_without_int8_form_is_named() -> None:
+def test_an_operator_without_an_int8_form_is_named() -> None:
     model = to_tflite(nn.Sequential(nn.ReLU6(), nn.Conv2d(3, 4, 1)), (1, 3, 8, 8))
     with pytest.raises(ExportError, match="RELU6"):
         quantize_int8(model, [images((1, 3, 8, 8), 1)])
@@ -234,11 +234,11 @@ def test_refusals_say_what_is_wrong(block: tuple[nn.Module, bytes]) -> None:
         quantize_int8(to_tflite(nn.Identity(), SHAPE), [images(SHAPE, 1)])
 
 
-def test_a_converter_that_does_not_fit_the_torch_is_named(
+def test_a_converter_that_does_not_work_with_this_torch_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "litert_torch.py").write_text("raise AttributeError('no register_constant')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "litert_torch", raising=False)
     with pytest.raises(ExportError, match=r"AttributeError: no register_constant\): upgrade it"):
-        convert._litert_torch.__wrapped__()  # past the one that other tests have imported
+        convert._litert_torch.__wrapped__()  # past the cache, which other tests fill

@@ -1,5 +1,5 @@
-"""Files with their data behind the flatbuffer, as ai-edge-quantizer makes them from 256
-KiB on: read, and written inside it.
+"""Files with their data behind the flatbuffer, as ai-edge-quantizer writes them from
+256 KiB on: they are read, and written with the data inside.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hwnas.errors import ExportError
 from hwnas.export import quantization, tflite_file
 from hwnas.export.convert import to_tflite
 from hwnas.export.quantization import quantize_int8, quantize_int8_uncalibrated
-from hwnas.export.tflite_detector import decoded, tasks, without_decoding
-from hwnas.export.tflite_file import Graph, graph_ops, inlined, read_model, write_model
+from hwnas.export.tflite_detector import add_decoding, tasks, without_decoding
+from hwnas.export.tflite_file import TFLiteGraph, graph_ops, inline_data, read_model, write_model
 from hwnas.export.tflite_writer import write_heads, write_tflite
 from hwnas.nn.blocks import build
 from hwnas.nn.detector import DetectionNetwork
@@ -47,11 +47,11 @@ def calibration() -> np.ndarray:
 
 
 def large_network(classes: int = 3) -> DetectionNetwork:
-    """A detector with the default extras, of over 256 KiB of weights in int8."""
+    """A detector with the default extras and over 256 KiB of weights in int8."""
     arch = Architecture(name="large", blocks=tuple(Op.parse(key) for key in BLOCKS))
-    made = DetectionNetwork(with_detector(arch, classes, resolution=64)).eval()
-    assert made.arch.params > 256 * 1024
-    return made
+    detector = DetectionNetwork(with_detector(arch, classes, resolution=64)).eval()
+    assert detector.arch.params > 256 * 1024
+    return detector
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def network() -> DetectionNetwork:
 
 @pytest.fixture(scope="module")
 def raw(network: DetectionNetwork) -> bytes:
-    """What the quantizer itself returns."""
+    """The file as the quantizer returns it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization, "inlined", lambda content: content)
+        patch.setattr(quantization, "inline_data", lambda content: content)
         return quantize_int8(write_heads(network), [calibration()], float_io=True)
 
 
@@ -88,7 +88,7 @@ def outside(model: Any) -> bytes:
             )
             operator.customOptions = None
     for owner, offset, size, data in parts:
-        setattr(owner, offset, 2)  # a place of their own in the flatbuffer
+        setattr(owner, offset, 2)  # not the default, so that the field is stored
         setattr(owner, size, len(data))
     at = (len(repacked(model)) + 15) // 16 * 16
     tail = b""
@@ -99,8 +99,8 @@ def outside(model: Any) -> bytes:
 
 
 def repacked(model: Any) -> bytes:
-    """As tools write a file that know nothing of data behind the flatbuffer: TFLite's
-    metadata writers among them.
+    """The file as written by tools that do not know of data behind the flatbuffer, such
+    as TFLite's metadata writers.
     """
     builder = flatbuffers.Builder(0)
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -111,43 +111,43 @@ def buffers(content: bytes) -> list[Any]:
     return list(schema.ModelT.InitFromPackedBuf(content).buffers)
 
 
-def same(one: bytes, other: bytes) -> bool:
+def same(first: bytes, second: bytes) -> bool:
     """Whether two files give the same numbers."""
-    pairs = zip(run_tflite(one, X_NCHW), run_tflite(other, X_NCHW), strict=True)
+    pairs = zip(run_tflite(first, X_NCHW), run_tflite(second, X_NCHW), strict=True)
     return all(
         list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a) for a, b in pairs
     )
 
 
 def test_a_detector_of_ordinary_size_has_int8_files(network: DetectionNetwork) -> None:
-    """It failed with "Input tensor 13 lacks data"."""
+    """This used to fail with "Input tensor 13 lacks data"."""
     heads = quantize_int8(write_heads(network), [calibration()], float_io=True)
     assert len(heads) > 256 * 1024
-    for file in (decoded(heads, network), tasks(heads, network, SETTINGS)):
+    for file in (add_decoding(heads, network), tasks(heads, network, SETTINGS)):
         assert {op.dtype for op in graph_ops(file)} >= {"INT8", "FLOAT32"}
         assert all(
             np.isfinite(output).all()
             for outputs in run_tflite(file, X_NCHW)
             for output in outputs.values()
         )
-    assert graph_ops(without_decoding(decoded(heads, network))) == graph_ops(heads)
+    assert graph_ops(without_decoding(add_decoding(heads, network))) == graph_ops(heads)
 
 
-def test_a_file_that_is_quantised_has_its_data_inside_and_is_no_larger(
+def test_a_quantised_file_has_its_data_inside_and_is_no_larger(
     raw: bytes, network: DetectionNetwork
 ) -> None:
     assert sum(buffer.offset > 1 for buffer in buffers(raw)) > 10, (
         "the quantizer writes everything inline now: is the rewriting still needed?"
     )
     quantised = quantize_int8(write_heads(network), [calibration()], float_io=True)
-    assert quantised == inlined(raw)
+    assert quantised == inline_data(raw)
     assert all(buffer.offset == buffer.size == 0 for buffer in buffers(quantised))
     assert len(quantised) <= len(raw)
     assert same(quantised, raw)
 
 
 def test_data_are_aligned_to_16_bytes(raw: bytes) -> None:
-    content = inlined(raw)
+    content = inline_data(raw)
     model = schema.Model.GetRootAs(content)
     starts = [
         model.Buffers(i)._tab.Vector(model.Buffers(i)._tab.Offset(4))
@@ -157,31 +157,31 @@ def test_data_are_aligned_to_16_bytes(raw: bytes) -> None:
     assert len(starts) > 10 and all(start % 16 == 0 for start in starts)
 
 
-def test_tools_that_pack_a_file_anew_keep_its_numbers(raw: bytes) -> None:
-    """Of the quantizer's own file they lose the weights."""
-    content = inlined(raw)
+def test_tools_that_repack_a_file_keep_its_numbers(raw: bytes) -> None:
+    """They lose the weights of the quantizer's own file."""
+    content = inline_data(raw)
     assert same(repacked(schema.ModelT.InitFromPackedBuf(content)), content)
     with pytest.raises((ValueError, RuntimeError)):
         run_tflite(repacked(schema.ModelT.InitFromPackedBuf(raw)), X_NCHW)
 
 
-def test_both_forms_are_read_the_same() -> None:
+def test_both_forms_are_read_alike() -> None:
     network = lively_network()
     file = tasks(write_heads(network), network, SETTINGS)
     behind = outside(schema.ModelT.InitFromPackedBuf(file))
     options = schema.ModelT.InitFromPackedBuf(behind).subgraphs[0].operators[-1]
     assert options.customOptions is None and options.largeCustomOptionsOffset > 0
     assert same(behind, file), "LiteRT does not read this form: the test is wrong"
-    assert inlined(behind) == inlined(file)
-    graph, entry, exits = Graph.opened(behind)
+    assert inline_data(behind) == inline_data(file)
+    graph, entry, exits = TFLiteGraph.open(behind)
     again = graph.pack(entry, *exits)
     assert graph_ops(again) == graph_ops(file)
     assert same(again, file)
 
 
-def test_a_tail_of_something_else_is_left_out() -> None:
+def test_other_data_behind_the_flatbuffer_are_left_out() -> None:
     file = write_heads(lively_network())
-    assert inlined(file + b"PK and more") == inlined(file)
+    assert inline_data(file + b"PK and more") == inline_data(file)
 
 
 def test_a_file_that_is_cut_off_is_refused(raw: bytes) -> None:
@@ -201,12 +201,12 @@ def test_a_file_of_2_gib_is_refused(raw: bytes, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_a_converted_network_can_be_timed_in_int8() -> None:
-    """The converter gives a tensor of the graph an empty buffer of its own, which is no
+    """The converter gives a tensor of the graph its own empty buffer, which is not a
     constant.
     """
     op = Op.parse("conv-h8-i3-o4-k3-s2-relu6")
     model = to_tflite(nn.Sequential(build(op), nn.Conv2d(4, 4, 1)), (1, 3, 8, 8))
-    assert {each.dtype for each in graph_ops(quantize_int8_uncalibrated(model))} == {"INT8"}
+    assert {graph_op.dtype for graph_op in graph_ops(quantize_int8_uncalibrated(model))} == {"INT8"}
 
 
 def test_a_classifier_of_ordinary_size_is_written_inline() -> None:

@@ -1,4 +1,4 @@
-"""Files written directly against the converter's: the same operators, the same numbers."""
+"""Our own files compared with the converter's: the same operators, the same numbers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ OPS_OF_CELLS = (
     "resreduce-h8-i6-o8-k3-s2-relu",
 )
 LEANER = {
-    # ours, where the converter takes more operators, or slower ones
+    # our operators, where the converter uses more, or slower ones
     # two STABLEHLO_REDUCE_WINDOW and DIV
     "avgpool-h8-i6-o6-k3-s2": ["PAD", "AVERAGE_POOL_2D", "MUL"],
     # PADV2, which XNNPACK leaves
@@ -106,8 +106,8 @@ class Case:
 
 
 def randomised(module: M) -> M:
-    """As after training: with fresh statistics and biases, half of what is folded would
-    be folded unseen.
+    """As after training: with the initial statistics and biases, errors in half of what
+    is folded would go unnoticed.
     """
     generator = torch.Generator().manual_seed(0)
     initialise(module, generator)
@@ -182,7 +182,7 @@ def run_litert(model: bytes, images_NHWC: np.ndarray[Any, Any]) -> np.ndarray[An
 
 def relative_error(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
     assert got.shape == wanted.shape
-    assert wanted.std() > 0.1, "outputs this small would compare silence"
+    assert wanted.std() > 0.1, "with smaller outputs there is nothing to compare"
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
@@ -208,7 +208,7 @@ def test_xnnpack_takes_the_whole_graph(case: Case) -> None:
     assert interpreter.get_output_details()[0]["index"] in delegates[0]["outputs"]
 
 
-def test_the_quantizer_makes_the_same_of_both_files(case: Case) -> None:
+def test_the_quantizer_gives_the_same_for_both_files(case: Case) -> None:
     written, converted = (
         quantize_int8(model, [case.images]) for model in (case.written, case.converted)
     )
@@ -218,7 +218,7 @@ def test_the_quantizer_makes_the_same_of_both_files(case: Case) -> None:
         converted, images_int8
     ).astype(int)
     assert np.abs(difference).max() <= 1, (
-        "the folding differs in the last float bit, so a rounding may"
+        "the folding differs in the last bit, which may change a rounding"
     )
 
 
@@ -229,7 +229,7 @@ def test_the_quantizer_makes_the_same_of_both_files(case: Case) -> None:
         ("head-h7-i32-o48-hswish", ["MEAN", "CONV_2D", "HARD_SWISH"]),
     ],
 )
-def test_what_begins_with_pooling_is_written_alone_as_at_the_end_of_a_network(
+def test_a_standalone_op_with_pooling_is_written_as_at_the_end_of_a_network(
     key: str, names: list[str]
 ) -> None:
     op = Op.parse(key)
@@ -247,7 +247,7 @@ def test_what_begins_with_pooling_is_written_alone_as_at_the_end_of_a_network(
 
 
 @pytest.mark.parametrize("key", LEANER)
-def test_leaner_than_the_converter_and_the_same_numbers(key: str) -> None:
+def test_leaner_files_than_the_converters_give_the_same_numbers(key: str) -> None:
     op = Op.parse(key)
     module = randomised(build(op))
     written, converted = write_op(op, module), to_tflite(module, (1, op.in_ch, op.size, op.size))
@@ -264,7 +264,7 @@ def test_leaner_than_the_converter_and_the_same_numbers(key: str) -> None:
     ) == 1
 
 
-def test_files_name_their_maker_and_their_ends() -> None:
+def test_files_name_their_maker_their_inputs_and_their_outputs() -> None:
     op = Op.parse("conv-h8-i4-o4-k3-relu")
     for model, names in (
         (write_op(op, build(op)), ("input", "output")),
@@ -281,13 +281,13 @@ def test_files_name_their_maker_and_their_ends() -> None:
         ) == names
 
 
-def test_weights_lie_at_multiples_of_16_bytes() -> None:
+def test_weights_are_aligned_to_16_bytes() -> None:
     content = write_tflite(network_of(NETWORKS["network"]))
     model = schema.Model.GetRootAs(content)
-    whole = np.frombuffer(content, np.uint8).ctypes.data
-    datas = [model.Buffers(index).DataAsNumpy() for index in range(1, model.BuffersLength())]
-    assert len(datas) > 10
-    assert {(data.ctypes.data - whole) % 16 for data in datas} == {0}
+    start = np.frombuffer(content, np.uint8).ctypes.data
+    arrays = [model.Buffers(index).DataAsNumpy() for index in range(1, model.BuffersLength())]
+    assert len(arrays) > 10
+    assert {(array.ctypes.data - start) % 16 for array in arrays} == {0}
 
 
 def test_tensor_names_are_unique() -> None:
@@ -341,10 +341,10 @@ def quantised_images(
 
 
 def operators(content: bytes) -> list[tuple[Any, ...]]:
-    """Each operator's code, version, options and the shapes at its ends."""
+    """Each operator's code, version, options, and shapes of inputs and outputs."""
     model = schema.ModelT.InitFromPackedBuf(bytearray(content), 0)
     graph = model.subgraphs[0]
-    found = []
+    rows = []
     for node in graph.operators:
         code = model.operatorCodes[node.opcodeIndex]
         options = dict(vars(node.builtinOptions)) if node.builtinOptions else {}
@@ -352,5 +352,5 @@ def operators(content: bytes) -> list[tuple[Any, ...]]:
             tuple(int(size) for size in graph.tensors[index].shape)
             for index in (*node.inputs, *node.outputs)
         ]
-        found.append((code.builtinCode, code.deprecatedBuiltinCode, code.version, options, shapes))
-    return found
+        rows.append((code.builtinCode, code.deprecatedBuiltinCode, code.version, options, shapes))
+    return rows

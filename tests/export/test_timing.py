@@ -1,4 +1,4 @@
-"""Files that are only timed: the graphs that trained networks get, made once."""
+"""Files that are only timed: they have trained networks' graphs, and are cached."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def graph_of(model: bytes) -> Any:
     return schema.ModelT.InitFromPackedBuf(bytearray(model), 0)
 
 
-def test_ranges_by_assumption_change_no_operator_no_shape_and_no_weight(case: Case) -> None:
+def test_assumed_ranges_change_no_operator_no_shape_and_no_weight(case: Case) -> None:
     assumed, calibrated = graph_of(case.assumed), graph_of(case.calibrated)
     assert graph_ops(case.assumed) == graph_ops(case.calibrated)
     tensors = list(zip(assumed.subgraphs[0].tensors, calibrated.subgraphs[0].tensors, strict=True))
@@ -75,13 +75,13 @@ def test_ranges_by_assumption_change_no_operator_no_shape_and_no_weight(case: Ca
     )
 
 
-def test_activations_lie_between_minus_one_and_one(case: Case) -> None:
+def test_activations_are_assumed_between_minus_one_and_one(case: Case) -> None:
     scale, _ = interpreter_of(case.assumed).get_input_details()[0]["quantization"]
     assert scale == pytest.approx(2 / 255)
 
 
-def test_xnnpack_takes_as_much_of_both(case: Case) -> None:
-    """Of most blocks everything; int8 HARD_SWISH is left to other kernels."""
+def test_xnnpack_takes_the_same_part_of_both(case: Case) -> None:
+    """It takes all of most blocks, but leaves int8 HARD_SWISH to other kernels."""
 
     def nodes(model: bytes) -> list[tuple[str, int]]:
         return [
@@ -96,20 +96,20 @@ def test_xnnpack_takes_as_much_of_both(case: Case) -> None:
 @pytest.mark.parametrize(
     "ops", [(BLOCK,), (CLASSIFIER,), (BLOCK, CLASSIFIER)], ids=["block", "classifier", "network"]
 )
-def test_a_file_is_made_once_and_is_of_its_ops(
+def test_a_file_is_written_once_and_has_its_ops(
     runtime: str, dtype: str, ops: tuple[Op, ...]
 ) -> None:
     path = timing_file(ops, runtime, dtype)
-    made = path.stat()
+    before = path.stat()
     assert timing_file(ops, runtime, dtype) == path
-    assert path.stat().st_mtime_ns == made.st_mtime_ns
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
     assert path.name.startswith(ops[0].key if len(ops) == 1 else "net-")
     outputs = (1, 10) if ops[-1] is CLASSIFIER else (1, 8, 8, 8)
     assert ends(path) == ((1, 8, 8, 8), outputs, "int8" if dtype == "int8" else "float32")
 
 
 def ends(path: Path) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Shape of the input, shape of the output and type of both."""
+    """The input's shape, the output's shape, and the type of both."""
     if path.suffix == ".onnx":
         graph = onnx.load(path).graph
         shapes = (
@@ -130,7 +130,7 @@ def ends(path: Path) -> tuple[tuple[int, ...], tuple[int, ...], str]:
     )
 
 
-def test_chains_of_other_order_are_other_files() -> None:
+def test_chains_in_another_order_have_another_file() -> None:
     other = Op.parse("conv-h8-i8-o8-k3-relu")
     assert timing_file((BLOCK, other), "litert", "fp32") != timing_file(
         (other, BLOCK), "litert", "fp32"

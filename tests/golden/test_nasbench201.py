@@ -1,5 +1,5 @@
-"""NAS-Bench-201: our networks have the benchmark's own MACs and parameters, by its
-published numbers and by a second implementation.
+"""NAS-Bench-201: our networks have the benchmark's own MACs and parameters, according
+to its published numbers and to a second implementation.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def uniform(option: str, space: CellSpace) -> Architecture:
 def test_the_smallest_and_the_largest_network(
     resolution: int, classes: int, params: tuple[float | None, ...], mega_flops: tuple[float, ...]
 ) -> None:
-    """As the benchmark's users publish its bounds for CIFAR-10, CIFAR-100 and
-    ImageNet16-120. It counts the classifier's bias, too.
+    """The benchmark's bounds for CIFAR-10, CIFAR-100 and ImageNet16-120, as its users
+    publish them. They include the classifier's bias.
     """
     space = nasbench201(resolution=resolution, classes=classes)
     for option, wanted_params, wanted_flops in zip(
@@ -53,16 +53,16 @@ def test_the_smallest_and_the_largest_network(
         assert wanted_params is None or arch.params / 1e6 == wanted_params
 
 
-def test_published_networks_between() -> None:
+def test_published_networks_in_between() -> None:
     """OpenMMLab's example of the benchmark's cost_info, and the benchmark's own
     example, network 1.
     """
-    two = SPACE.decode(
+    openmmlab = SPACE.decode(
         SPACE.read(
             "|nor_conv_3x3~0|+|nor_conv_3x3~0|none~1|+|skip_connect~0|none~1|avg_pool_3x3~2|"
         )
     )
-    assert ((two.macs + 10) / 1e6, two.params / 1e6) == (78.56193, 0.559386)
+    assert ((openmmlab.macs + 10) / 1e6, openmmlab.params / 1e6) == (78.56193, 0.559386)
     first = SPACE.decode(
         SPACE.read(
             "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|"
@@ -72,8 +72,8 @@ def test_published_networks_between() -> None:
 
 
 class Cell(nn.Module):
-    """A second implementation of the benchmark's cell, from its paper: nothing of hwnas
-    is in it.
+    """A second implementation of the benchmark's cell, from its paper, without any code
+    of hwnas.
     """
 
     def __init__(self, text: str, channels: int) -> None:
@@ -144,13 +144,14 @@ def random_cells(count: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 60, 20))
-def test_sixty_networks_count_and_compute_as_a_second_implementation(first: int) -> None:
+def test_sixty_networks_have_the_counts_and_outputs_of_a_second_implementation(first: int) -> None:
     x_NCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for text in random_cells(60)[first : first + 20]:
         arch = SPACE.decode(SPACE.read(text))
         network, other = ClassificationNetwork(arch).train(), second_implementation(text).train()
         with FlopCounterMode(display=False) as counter:
             expected = other(x_NCHW)
+        # two images, and two FLOPs per MAC
         assert (
             counter.get_total_flops(),
             sum(weight.numel() for weight in other.parameters()),
@@ -161,11 +162,12 @@ def test_sixty_networks_count_and_compute_as_a_second_implementation(first: int)
         torch.testing.assert_close(network(x_NCHW), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_every_network_has_the_counts_that_its_convolutions_add() -> None:
-    """All 15,625: the benchmark's counts depend on how many edges are 3 x 3 and 1 x 1
-    convolutions.
+def test_every_network_has_the_counts_of_its_convolutions() -> None:
+    """The counts of all 15,625 networks depend only on how many of their edges are
+    3 x 3 and 1 x 1 convolutions.
     """
     index_NC = np.array(list(product(range(5), repeat=6)))
+    # the positions of nor_conv_3x3 and nor_conv_1x1 among the options
     threes, ones = (index_NC == 3).sum(axis=1), (index_NC == 2).sum(axis=1)
     macs = AdditiveCost.of_ops(SPACE, lambda op: op.macs).costs(index_NC)
     params = AdditiveCost.of_ops(SPACE, lambda op: op.params).costs(index_NC)
@@ -178,7 +180,7 @@ def test_every_network_has_the_counts_that_its_convolutions_add() -> None:
     "HWNAS_TEST_DATA" not in os.environ,
     reason="needs nasbench201/nasbench201_acc.csv.gz: set HWNAS_TEST_DATA",
 )
-def test_the_benchmark_s_own_architectures_and_accuracies() -> None:
+def test_the_benchmarks_own_architectures_and_accuracies() -> None:
     path = Path(os.environ["HWNAS_TEST_DATA"], "nasbench201/nasbench201_acc.csv.gz")
     truth = read_truth(path, SPACE, ["cifar10_test_200"])
     assert len(truth.names) == 15_625

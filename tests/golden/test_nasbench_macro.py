@@ -1,4 +1,4 @@
-"""NAS-Bench-Macro: our networks have the benchmark's own MACs and parameters, all 6,561 of them."""
+"""NAS-Bench-Macro: all 6,561 networks have the benchmark's own MACs and parameters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""NAS-Bench-Macro's noise ceiling, and what MACs and parameters alone rank right, from
-the benchmark's own accuracies.
+"""NAS-Bench-Macro's noise ceiling, and how well MACs and parameters alone rank its
+networks, from the benchmark's own accuracies.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def test_the_noise_ceiling(truth: Truth) -> None:
     # means over the three pairs of repeats
     assert truth.agreement() == pytest.approx((0.881, 0.185), abs=5e-4)
     best = np.flatnonzero(truth.mean == truth.mean.max())
-    # the same blocks, and in the file the same accuracies
+    # both have the same blocks, and the same accuracies in the file
     assert {truth.names[i] for i in best} == {"22212202", "22212220"}
     assert truth.mean.max() == pytest.approx(0.93127, abs=5e-6)
 
 
 @pytest.mark.slow
-def test_what_the_shape_alone_ranks_right(truth: Truth) -> None:
+def test_how_well_macs_and_parameters_alone_rank(truth: Truth) -> None:
     space = nasbench_macro()
     archs = [space.decode(picks) for picks in truth.picks]
     macs, params = (

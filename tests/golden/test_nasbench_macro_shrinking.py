@@ -1,4 +1,6 @@
-"""What a shrinking leaves of NAS-Bench-Macro, counted anew from the benchmark's digits."""
+"""What shrinking leaves of NAS-Bench-Macro, recounted from the digits of the
+benchmark's names.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def known(path: Path) -> Known:
 
 @pytest.fixture(scope="module")
 def digits(path: Path) -> dict[str, float]:
-    """Mean accuracy by the benchmark's name: the digits of the eight layers, 0 identity."""
+    """Mean accuracy by the benchmark's name: one digit for each of the eight layers, 0
+    for identity.
+    """
     with gzip.open(path, "rt") as file:
         return {
             row["arch"]: np.mean([float(row[f"acc{i}"]) for i in (1, 2, 3)]) / 100
@@ -60,7 +64,7 @@ def test_identity_is_the_worst_operator_of_every_layer(
         assert by_hand[0] < by_hand[1] < by_hand[2]
 
 
-def test_what_is_left_without_identity(known: Known, digits: dict[str, float]) -> None:
+def test_what_remains_without_identity(known: Known, digits: dict[str, float]) -> None:
     gone = [(choice.key, str(choice.options[0])) for choice in SPACE.choices]
     left, before = known.remaining(known.left(gone)), known.remaining(known.left(()))
     kept = {name: value for name, value in digits.items() if "0" not in name}
@@ -72,14 +76,14 @@ def test_what_is_left_without_identity(known: Known, digits: dict[str, float]) -
     assert left.best == pytest.approx(max(kept.values())) and left.worst == pytest.approx(
         min(kept.values())
     )
-    # ties at the edge
+    # the tolerance is for ties at the edge of the best tenth
     assert left.best_tenth == pytest.approx(
         len([name for name in best if "0" not in name]) / 656, abs=2 / 656
     )
 
 
-def test_a_course_by_hand(known: Known, digits: dict[str, float]) -> None:
-    """Scores that rank two operators right and one pair wrong, then a drop."""
+def test_a_shrinking_curve_by_hand(known: Known, digits: dict[str, float]) -> None:
+    """Scores that rank two pairs of operators right and one wrong, then a drop."""
     a, b, c = ((KEYS[0], str(option)) for option in SPACE.choices[0].options)
     step = ShrinkStep(
         size=6561,
@@ -89,27 +93,27 @@ def test_a_course_by_hand(known: Known, digits: dict[str, float]) -> None:
         dropped=(a,),
         size_after=4374,
     )
-    found = curve(known, "made up", [step])
-    assert found.operator_kendall == (pytest.approx(1 / 3),)
-    assert [left.networks for left in found.remaining] == [6561, 4374]
-    assert found.remaining[1].mean == pytest.approx(
+    result = curve(known, "made up", [step])
+    assert result.operator_kendall == (pytest.approx(1 / 3),)
+    assert [left.networks for left in result.remaining] == [6561, 4374]
+    assert result.remaining[1].mean == pytest.approx(
         np.mean([value for name, value in digits.items() if name[0] != "0"])
     )
 
 
 def test_the_truth_as_a_score_raises_the_mean_at_every_drop(known: Known) -> None:
     left = oracle(known, SPACE, CONFIG).remaining
-    # six identities first
-    assert [each.networks for each in left[:3]] == [3**8, 2**3 * 3**5, 2**6 * 3**2]
-    means = [each.mean or 0.0 for each in left]
+    # the first two steps drop six identities
+    assert [step.networks for step in left[:3]] == [3**8, 2**3 * 3**5, 2**6 * 3**2]
+    means = [step.mean or 0.0 for step in left]
     assert all(a < b for a, b in pairwise(means))
     assert means[0] == pytest.approx(0.9025, abs=5e-5) and means[-1] > 0.925
     assert left[-1].networks <= 30
 
 
 def test_chance_changes_nothing_on_average(known: Known) -> None:
-    found = chance(known, SPACE, CONFIG, 0)
-    means = [mean for mean, _, _ in found.mean]
+    by_chance = chance(known, SPACE, CONFIG, 0)
+    means = [mean for mean, _, _ in by_chance.mean]
     assert abs(means[-1] - means[0]) < 0.002
-    assert all(low < mean < high for mean, low, high in found.mean[1:])
-    assert found.best_tenth[-1][0] < 0.05  # of 656 networks, in a space of at most 30 of 6,561
+    assert all(low < mean < high for mean, low, high in by_chance.mean[1:])
+    assert by_chance.best_tenth[-1][0] < 0.05  # of the 656 best, in a space of at most 30 of 6,561

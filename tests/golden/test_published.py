@@ -1,4 +1,4 @@
-"""The published networks, judged by torchvision, timm and the papers' own counts."""
+"""The published networks against torchvision, timm and the papers' own counts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hwnas.core.spaces import (
 from hwnas.errors import SpaceError
 from hwnas.nn.classifier import ClassificationNetwork
 
-# nas-facts T5 (FBNet: both ways of counting, trap 13.4); exact integers are timm's and
-# torchvision's below
+# rounded as in the papers (FBNet in both ways of counting); the exact integers of timm
+# and torchvision are compared below
 COUNTS = {
     "mobilenet_v2": "300.8M/3.50M",
     "mnasnet_b1": "314.4M/4.38M",
@@ -80,7 +80,7 @@ TIMM = {
 
 
 def count(network: nn.Module) -> tuple[int, int]:
-    """MACs of convolutions and fully connected layers of one 224 px image, and parameters."""
+    """MACs of convolutions and linear layers on one 224 px image, and parameters."""
     macs = 0
 
     def hook(layer: nn.Module, _: object, output: torch.Tensor) -> None:
@@ -106,7 +106,7 @@ def test_macs_and_params_are_those_of_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["multi_avg", "fbnet_a_no_expand", "proxylessnas_gpu"])
-def test_counts_without_another_implementation_are_those_of_torch(name: str) -> None:
+def test_counts_without_another_implementation_are_those_of_our_pytorch_network(name: str) -> None:
     torch.set_num_threads(1)
     arch = published(name)
     assert (arch.macs, arch.params) == count(ClassificationNetwork(arch))
@@ -144,13 +144,13 @@ def test_every_convolution_and_every_shortcut_is_where_timm_has_it(name: str, th
     ]
     arch = published(name)
     layers = [layer for op in arch.ops() for layer in op.layers if layer.kind == "conv"]
-    found = [
+    ours = [
         (layer.in_ch, layer.out_ch, layer.kernel, layer.stride, layer.groups, layer.norm)
         for layer in layers
     ]
-    assert found == convolutions
+    assert ours == convolutions
     blocks = [block for stage in network.blocks for block in stage if hasattr(block, "has_skip")]
-    inner = arch.ops()[1 : 1 + len(blocks)]  # behind the stem
+    inner = arch.ops()[1 : 1 + len(blocks)]  # after the stem
     assert [op.residual for op in inner] == [block.has_skip for block in blocks]
 
 
@@ -175,7 +175,7 @@ def test_skips_of_fbnet_are_left_out_where_the_shape_stays() -> None:
 @pytest.mark.parametrize(
     "name", ["mobilenet_v2", "mnasnet_b1", "proxylessnas_cpu", "proxylessnas_mobile_14"]
 )
-def test_a_network_of_proxylessnas_form_encodes_back_into_its_space(name: str) -> None:
+def test_a_network_of_proxylessnas_form_is_in_the_space_of_its_widths(name: str) -> None:
     arch = published(name)
     widths = [op.out_ch for op in arch.ops()[:-1]]
     filters = tuple(width for i, width in enumerate(widths) if i == 0 or width != widths[i - 1])
@@ -201,8 +201,8 @@ def encodes_back(arch: Architecture, space: MacroSpace) -> None:
     assert arch.origin is not None
     assert space.sha256 == arch.origin.space_sha256
     written_by_hand = Architecture(name=arch.name, blocks=arch.blocks)
-    for found in (space.encode(arch), space.encode(written_by_hand)):
-        assert space.decode(found).blocks == arch.blocks
+    for picks in (space.encode(arch), space.encode(written_by_hand)):
+        assert space.decode(picks).blocks == arch.blocks
 
 
 def test_a_network_that_no_space_holds_has_no_origin() -> None:
@@ -221,10 +221,11 @@ def test_op_codes_are_read_in_the_order_of_the_archive() -> None:
 def test_classes_and_resolution_shape_a_published_network() -> None:
     small = published("mobilenet_v2", resolution=96, classes=10)
     assert (small.resolution, small.classes, small.ops()[-1].size) == (96, 10, 3)
+    # 990 classes fewer, each with 1280 weights and a bias
     assert small.params == published("mobilenet_v2").params - 990 * 1281
 
 
-def test_an_unknown_network_is_answered_with_the_nearest() -> None:
+def test_an_unknown_network_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(
         SpaceError, match=r"unknown network 'mobilenetv2'; did you mean 'mobilenet_v2'\?"
     ):
@@ -236,7 +237,7 @@ def test_an_unknown_network_is_answered_with_the_nearest() -> None:
         published("x")
 
 
-def test_a_multiplier_in_the_name_and_one_beside_it_are_the_same() -> None:
+def test_a_width_in_the_name_equals_a_width_argument() -> None:
     assert published("mobilenet_v2-w0.35") == published("mobilenet_v2", width=0.35)
     assert (
         published("mobilenet_v2", width=1.0)
@@ -248,12 +249,12 @@ def test_a_multiplier_in_the_name_and_one_beside_it_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_is_scaled(name: str) -> None:
+def test_every_network_can_be_scaled(name: str) -> None:
     narrow, usual, wide = (published(name, width=width).macs for width in (0.5, 1.0, 1.5))
     assert 0.2 < narrow / usual < 0.6 and 1.5 < wide / usual < 2.4
 
 
-def test_a_network_and_the_configuration_do_not_both_say_a_width() -> None:
+def test_a_name_and_the_configuration_cannot_set_different_widths() -> None:
     space = proxylessnas()
     assert (
         resolve_arch("mobilenet_v2", space, resolution=32, classes=10, width=0.5).name
@@ -277,6 +278,7 @@ def test_a_network_and_the_configuration_do_not_both_say_a_width() -> None:
 def test_grey_images_shape_a_published_network() -> None:
     grey = published("mobilenet_v3_small", resolution=32, classes=10, in_channels=1)
     assert (grey.in_channels, grey.ops()[0].in_ch) == (1, 1)
+    # two input channels fewer in the 16 filters of the 3 x 3 stem
     assert (
         grey.params
         == published("mobilenet_v3_small", resolution=32, classes=10).params - 2 * 9 * 16

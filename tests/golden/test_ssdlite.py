@@ -1,4 +1,4 @@
-"""The detectors, judged by torchvision's own and by MobileDet's published counts."""
+"""The detectors against torchvision's own and MobileDet's published counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def theirs() -> SSD:
 
 
 def ours_of(theirs: SSD) -> DetectionNetwork:
-    """Our network with their weights. They have the heads by branch, we by feature map."""
+    """Our network with their weights. They order the heads by branch, we by feature
+    map.
+    """
     ours = DetectionNetwork(ARCH)
     parts = [
         ours.blocks,
@@ -47,7 +49,7 @@ def ours_of(theirs: SSD) -> DetectionNetwork:
 
 
 def images(count: int) -> Tensor:
-    """As torchvision takes them, in 0 .. 1; it scales them to -1 .. 1 itself."""
+    """Images in 0 .. 1 for torchvision, which scales them to -1 .. 1 itself."""
     return torch.rand(count, 3, 320, 320, generator=torch.Generator().manual_seed(1))
 
 
@@ -63,14 +65,14 @@ def test_raw_outputs_are_torchvisions(theirs: SSD) -> None:
     logits, codes = ours(x_NCHW)
     close(logits, expected["cls_logits"])
     close(codes, expected["bbox_regression"])
-    assert (logits[0] - logits[1]).abs().max() > 1e-2  # the images matter, not only the biases
+    assert (logits[0] - logits[1]).abs().max() > 1e-2  # images matter, not only biases
 
 
 @torch.inference_mode()
 def test_detections_are_torchvisions(theirs: SSD) -> None:
     ours, x_NCHW = ours_of(theirs), images(2)
-    found = PostProcessor(ARCH)(ours(2 * x_NCHW - 1))
-    for expected, mine in zip(theirs(list(x_NCHW)), found, strict=True):
+    detections = PostProcessor(ARCH)(ours(2 * x_NCHW - 1))
+    for expected, mine in zip(theirs(list(x_NCHW)), detections, strict=True):
         assert len(expected["boxes"]) == 300
         torch.testing.assert_close(mine.boxes_D4, expected["boxes"], rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(mine.scores_D, expected["scores"], rtol=1e-5, atol=1e-6)
@@ -90,11 +92,11 @@ def test_losses_are_torchvisions(theirs: SSD) -> None:
         {"boxes": y[y[:, 4] >= 0, :4], "labels": y[y[:, 4] >= 0, 4].long() + 1} for y in y_NM5
     ]
     expected = theirs.train()(list(x_NCHW), targets)
-    found = DetectionLoss(ARCH).parts(ours(2 * x_NCHW - 1), y_NM5)
-    assert found.keys() == expected.keys()
+    parts = DetectionLoss(ARCH).parts(ours(2 * x_NCHW - 1), y_NM5)
+    assert parts.keys() == expected.keys()
     for name, value in expected.items():
         assert value > 0.1
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0)
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=0)
 
 
 def test_anchors_are_torchvisions(theirs: SSD) -> None:
@@ -114,7 +116,7 @@ def test_macs_and_params_are_torchvisions(theirs: SSD) -> None:
 
 @torch.inference_mode()
 def macs_of(model: nn.Module, x: object) -> int:
-    """Of the convolutions, by what they put out."""
+    """MACs of the convolutions, from the shapes of their outputs."""
     macs = 0
 
     def hook(layer: nn.Conv2d, _: object, output: Tensor) -> None:
@@ -157,11 +159,12 @@ def mobiledet_cpu() -> Iterator[Op]:
         yield op
 
 
-def test_a_mobiledet_counts_as_its_authors_say() -> None:
-    """0.45 B multiply-adds and 4.21 M parameters, which we meet to 1 %: its finest map
-    has three anchors fewer.
+def test_a_mobiledet_has_the_counts_that_its_authors_report() -> None:
+    """0.45 B multiply-adds and 4.21 M parameters, which ours matches within 1 %: the
+    original has three anchors fewer on its finest map.
 
-    With those, and with the statistics of BN that TensorFlow counts too, it would be 4.205 M.
+    Without those, and with the BN statistics that TensorFlow also counts, ours would
+    have 4.205 M.
     """
     arch = with_detector(
         Architecture(name="mobiledet_cpu", blocks=tuple(mobiledet_cpu())), 90, scores="sigmoid"

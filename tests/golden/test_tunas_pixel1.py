@@ -1,7 +1,7 @@
-"""TuNAS's published linear model of Pixel 1 latency, priced by our cost model: its
-numbers are the judge of ours.
+"""TuNAS's published linear model of Pixel 1 latency, evaluated by our cost model: its
+numbers are the reference for ours.
 
-Coefficients: google-research:tunas/cost_model_data.py, key ``proxylessnas_search`` (nas-facts 1.7).
+Coefficients: google-research:tunas/cost_model_data.py, key ``proxylessnas_search``.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def cost() -> CostModel:
 
 
 def picks_of_indices(indices: list[int]) -> Picks:
-    """TuNAS's 73 OneOf indices, post-order: per layer kernel, expansion, outer op;
-    after each block its filters.
+    """Picks from TuNAS's 73 OneOf indices, in post-order: kernel, expansion and outer
+    op of each layer, and after each block its filters.
     """
     left = iter(indices)
     picks: Picks = {}
@@ -98,8 +98,8 @@ def picks_of_indices(indices: list[int]) -> Picks:
 
 
 def uniform_gates() -> dict[str, np.ndarray]:
-    """The controller at zero logits: kernel, expansion and skip are decided apart, so a
-    skip has probability 1/2.
+    """The controller at zero logits: kernel, expansion and skip are decided separately,
+    so a skip has probability 1/2.
     """
     gates = {}
     for choice in cost().space.choices:
@@ -114,13 +114,13 @@ def uniform_gates() -> dict[str, np.ndarray]:
     return gates
 
 
-def test_t1_an_architecture_of_the_unit_test() -> None:
+def test_the_architecture_in_tunas_unit_test() -> None:
     indices = [int(index) for index in T1_INDICES.split(",")]
     assert len(indices) == 73
     assert cost().cost(picks_of_indices(indices)) == pytest.approx(84.0167, abs=1e-3)
 
 
-def test_t2_proxylessnas_mobile() -> None:
+def test_proxylessnas_mobile() -> None:
     picks = picks_of_codes(proxylessnas(), [int(code) for code in T2_CODES.split(",")])
     assert cost().cost(picks) == pytest.approx(84.416, abs=1e-3)
 
@@ -148,7 +148,7 @@ def test_the_spread_of_uniform_samples_and_how_many_land_at_the_target() -> None
     assert ((latencies_ms >= 83) & (latencies_ms <= 85)).mean() == pytest.approx(0.043, abs=0.002)
 
 
-def test_a_restricted_space_keeps_the_prices_of_what_is_now_fixed() -> None:
+def test_a_restricted_space_keeps_the_costs_of_fixed_choices() -> None:
     picks = picks_of_codes(proxylessnas(), [int(code) for code in T2_CODES.split(",")])
     fixed = ("s1.b0", "s2.b0", "s2.b2", "s7.b0")
     smaller = CostModel.of_table(
@@ -169,17 +169,17 @@ def test_the_model_refuses_another_space() -> None:
     )
     with pytest.raises(CoverageError, match=r"s3\.b1:ir_k3_e3") as caught:
         CostModel.of_table(proxylessnas(), incomplete)
-    assert len(caught.value.missing) == 7
+    assert len(caught.value.missing) == 7  # the options of s3.b1
 
 
-def test_t6_sizes() -> None:
+def test_sizes_of_the_space() -> None:
     space = proxylessnas()
     assert f"{space.decisions:.3g}" == "2.16e+21"
     assert space.decisions == 3 * 6**6 * 12**15
     assert space.size == 3 * 6**6 * 7**15
 
 
-def test_t7_reward() -> None:
+def test_the_absolute_reward() -> None:
     assert absolute(0.75, 92.4, 84.0, beta=-0.10) == pytest.approx(0.740, abs=1e-12)
 
 

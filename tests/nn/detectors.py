@@ -1,4 +1,4 @@
-"""A small detector of four feature maps, and pictures with boxes for it."""
+"""A small detector with four feature maps, and images with boxes for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PADDING = [0.0, 0.0, 0.0, 0.0, -1.0]
 
 
 def small_arch(classes: int = 3, scores: Scores = "softmax") -> Architecture:
-    """Four maps of 64 px images."""
+    """A detector with four feature maps, for 64 px images."""
     return with_detector(
         Architecture(name="small", blocks=BLOCKS),
         classes,

@@ -1,5 +1,5 @@
-"""Small spaces that have everything in them, and super-nets whose weights tell when
-they are mixed up.
+"""Small spaces that together cover every feature, and super-nets whose weights reveal a
+mix-up.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WITH_SE = (*PLAIN, *(f"{option}_se0.25" for option in PLAIN))
 
 
 def widths_space(act: str = "relu6") -> MacroSpace:
-    """Searched widths from stem to head, SE, residuals wherever shapes match, lists
-    that are no full grid.
+    """Searched widths from stem to head, SE, residuals wherever shapes match, and lists
+    that are not full grids.
     """
     stages = (
         SpaceStage(widths=(8, 16), slots=(("cn_k3",),)),
@@ -58,7 +58,7 @@ def groups_space() -> MacroSpace:
 
 
 def kernels_space() -> MacroSpace:
-    """One slot that changes the shape and one residual one, each with three kernels and SE."""
+    """A slot that changes the shape and a residual one, with three kernels and SE."""
     options = ("ir_k3_e3_se0.25", "ir_k5_e3_se0.25", "ir_k7_e3_se0.25")
     stages = (
         SpaceStage(widths=(8,), slots=(("cn_k3",),)),
@@ -68,8 +68,8 @@ def kernels_space() -> MacroSpace:
 
 
 def depths_space() -> MacroSpace:
-    """Searched depths and resolutions, a pooled head, hard sigmoids: once-for-all in
-    small, with searched widths.
+    """Searched depths and resolutions, a pooled head and hard sigmoids: a miniature
+    once-for-all, with searched widths.
     """
     stages = (
         SpaceStage(widths=(8,), slots=(("cn_k3",),)),
@@ -115,7 +115,7 @@ def universal_space() -> MacroSpace:
 
 
 def small_v3() -> MacroSpace:
-    """TuNAS's MobileNetV3-like space at 32 pixels, three of its widths each."""
+    """TuNAS's MobileNetV3-like space at 32 pixels, with at most three widths each."""
     space = mobilenet_v3_like(resolution=32, classes=10, width=0.5)
     widths = {choice.key: choice.options[:3] for choice in space.choices if choice.kind == "width"}
     return space.restrict(widths)
@@ -134,7 +134,7 @@ SPACES: dict[str, Callable[[], MacroSpace]] = {
 
 
 def supernet_of(space: MacroSpace, config: SupernetConfig | None = None) -> MacroSupernet:
-    """With BN scales and all biases away from 1 and 0, so that mixing them up shows."""
+    """A super-net whose BN scales and biases are not 1 and 0, so that mix-ups show."""
     generator = torch.Generator().manual_seed(3)
     supernet = MacroSupernet(space, generator, config)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def batch(space: MacroSpace, seed: int = 0, count: int = 6) -> tuple[Tensor, Ten
 
 
 def random_picks(space: MacroSpace, count: int) -> list[Picks]:
-    """Random ones, and the ones that always take the first and the last option."""
+    """All first options, all last options, and ``count`` random picks."""
     rng = np.random.default_rng(5)
     ends = [{choice.key: choice.options[end] for choice in space.choices} for end in (0, -1)]
     return [*ends, *(space.sample(rng) for _ in range(count))]
@@ -163,7 +163,7 @@ def random_picks(space: MacroSpace, count: int) -> list[Picks]:
 
 def picked_ops(space: MacroSpace, picks: Picks) -> Iterator[tuple[int, str, Op]]:
     """(slot position, option, op) of the slots that are neither skipped nor left out,
-    by the space's own decoding.
+    from the space's own decoding.
     """
     blocks = iter(space.decode(picks).blocks)
     for position, slot in enumerate(space.slots):
@@ -173,7 +173,7 @@ def picked_ops(space: MacroSpace, picks: Picks) -> Iterator[tuple[int, str, Op]]
 
 
 def shared_name(option: str, layer_name: str, kernel: int, groups: int, sharing: str) -> str:
-    """Where the super-net keeps a layer's weights, kernels having their own."""
+    """The super-net's name of a layer's weights, with own weights for each kernel."""
     name = layer_name + (f"_k{kernel}" if kernel > 1 or layer_name in ("depthwise", "conv") else "")
     name += f"_g{groups}" if groups > 1 and layer_name not in ("depthwise", "start") else ""
     name = name.replace(".", "_")
@@ -181,5 +181,7 @@ def shared_name(option: str, layer_name: str, kernel: int, groups: int, sharing:
 
 
 def angle(initial: nn.Module, trained: nn.Module) -> float:
-    """The angle between the convolutions and linear layers of two networks of one architecture."""
+    """The angle between the convolutions and linear layers of two networks of the same
+    architecture.
+    """
     return arc(moments(zip(weights(initial), weights(trained), strict=True)))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The published networks against timm's and torchvision's: same weights, same logits."""
+"""The published networks against timm and torchvision: same weights, same logits."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ THEIRS |= {
 
 
 def weighted(module: nn.Module) -> list[nn.Module]:
-    """Convolutions, batch norms and linear layers in the order in which they were registered."""
+    """Convolutions, batch norms and linear layers in order of registration."""
     return [
         part
         for part in module.modules()
@@ -100,8 +100,8 @@ def weighted(module: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def randomise(module: nn.Module) -> None:
-    """As after training: a fresh network's logits in eval mode are near 1e-9, and
-    comparing them would compare silence.
+    """Make weights and statistics look trained: a fresh network's logits in eval mode
+    are near 1e-9, and comparing them would prove nothing.
     """
     generator = torch.Generator().manual_seed(0)
     for part in weighted(module):
@@ -118,10 +118,10 @@ def randomise(module: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("judge", THEIRS)
+@pytest.mark.parametrize("reference", THEIRS)
 @torch.inference_mode()
-def test_logits_equal(judge: str) -> None:
-    name, make = THEIRS[judge]
+def test_logits_are_equal(reference: str) -> None:
+    name, make = THEIRS[reference]
     theirs = make()
     randomise(theirs)
     ours = ClassificationNetwork(published(name, bn_eps=1e-5))
@@ -130,14 +130,14 @@ def test_logits_equal(judge: str) -> None:
         assert mine.weight.shape == yours.weight.shape
         mine.load_state_dict(yours.state_dict())
     x_NCHW = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    expected, found = theirs.eval()(x_NCHW), ours.eval()(x_NCHW)
+    expected, logits = theirs.eval()(x_NCHW), ours.eval()(x_NCHW)
     assert expected.std() > 1e-2
-    assert (expected[0] - expected[1]).abs().max() > 1e-2  # the images matter, not only the biases
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (expected[0] - expected[1]).abs().max() > 1e-2  # images matter, not only biases
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_logits_differ_where_the_epsilon_does() -> None:
-    """The comparison above can fail: another BN epsilon alone breaks it."""
+def test_logits_differ_if_the_epsilon_does() -> None:
+    """The comparison above can fail: a different BN epsilon alone breaks it."""
     theirs = timm.create_model("mobilenetv2_100").eval()
     randomise(theirs)
     ours = ClassificationNetwork(published("mobilenet_v2", bn_eps=1e-3)).eval()
@@ -145,8 +145,8 @@ def test_logits_differ_where_the_epsilon_does() -> None:
         mine.load_state_dict(yours.state_dict())
     x_NCHW = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        expected, found = theirs(x_NCHW), ours(x_NCHW)
-    assert (found - expected).abs().max() > 1e-4 * expected.abs().max()
+        expected, logits = theirs(x_NCHW), ours(x_NCHW)
+    assert (logits - expected).abs().max() > 1e-4 * expected.abs().max()
 
 
 def test_proxylessnas_mobile() -> None:

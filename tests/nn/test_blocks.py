@@ -1,4 +1,4 @@
-"""Shuffles, gates and pooled heads against torch's own."""
+"""Shuffles, gates, pooled heads, initialisation and reductions against torch's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_channels_are_shuffled_as_by_torch(groups: int, channels_last: bool) -> None:
+def test_channels_are_shuffled_as_in_torch(groups: int, channels_last: bool) -> None:
     x_NCHW = torch.arange(2 * 12 * 3 * 3).reshape(2, 12, 3, 3)
     shuffle = ChannelShuffle(groups)
     shuffle.channels_last = channels_last
@@ -57,14 +57,14 @@ def test_a_head_pools_before_its_convolution() -> None:
     expected = nn.functional.hardswish(
         nn.functional.linear(x_NCHW.mean((2, 3)), conv.weight[:, :, 0, 0], conv.bias)
     )
-    found = head(x_NCHW)
-    assert found.shape == (2, 16, 1, 1)
-    torch.testing.assert_close(found[:, :, 0, 0], expected)
+    output = head(x_NCHW)
+    assert output.shape == (2, 16, 1, 1)
+    torch.testing.assert_close(output[:, :, 0, 0], expected)
 
 
-def test_weights_begin_as_asked() -> None:
-    """He's normal as TuNAS has it, or PyTorch's own: of the spread that torch gives by
-    itself, from the generator alone.
+def test_weights_are_initialised_as_requested() -> None:
+    """He's normal initialisation as in TuNAS, or PyTorch's own: with the spread that
+    torch itself gives, drawn from the generator alone.
     """
     own = nn.ModuleList(
         [
@@ -74,10 +74,10 @@ def test_weights_begin_as_asked() -> None:
         ]
     )
     spread = [float(tensor.detach().std()) for tensor in own.parameters()]
-    made = [copy.deepcopy(own) for _ in range(3)]
-    for module, how in zip(made, ("torch", "torch", "he"), strict=True):
-        initialise(module, torch.Generator().manual_seed(0), how)  # type: ignore[arg-type]
-    torchs, again, he = ([tensor.detach() for tensor in module.parameters()] for module in made)
+    copies = [copy.deepcopy(own) for _ in range(3)]
+    for module, scheme in zip(copies, ("torch", "torch", "he"), strict=True):
+        initialise(module, torch.Generator().manual_seed(0), scheme)  # type: ignore[arg-type]
+    torchs, again, he = ([tensor.detach() for tensor in module.parameters()] for module in copies)
     assert all(torch.equal(*pair) for pair in zip(torchs, again, strict=True))
     assert [float(tensor.std()) for tensor in torchs] == pytest.approx(spread, rel=0.2)
     fans = (576, 576, 25, 256, 256)
@@ -89,11 +89,9 @@ def test_weights_begin_as_asked() -> None:
     )
 
 
-def test_the_second_half_of_a_factorised_reduction_reads_the_pixels_that_the_first_leaves_out() -> (
-    None
-):
-    """FactorizedReduce of DARTS: two 1x1 convolutions of stride 2, the second one pixel
-    down and to the right.
+def test_the_halves_of_a_factorised_reduction_read_different_pixels() -> None:
+    """FactorizedReduce of DARTS: two 1 x 1 convolutions of stride 2, the second one
+    shifted by a pixel down and to the right.
     """
     op = Op.parse("facreduce-h8-i4-o6-s2-relu")
     block = build(op).eval()
@@ -102,10 +100,10 @@ def test_the_second_half_of_a_factorised_reduction_reads_the_pixels_that_the_fir
     even, odd = (block.get_parameter(f"layers.{half}.conv.weight") for half in ("even", "odd"))
     read = x_NCHW.relu()
     halves = F.conv2d(read, even, stride=2), F.conv2d(read[:, :, 1:, 1:], odd, stride=2)
-    wanted = torch.cat(halves, 1) / math.sqrt(1 + block.get_submodule("layers.norm.norm").eps)
-    torch.testing.assert_close(block(x_NCHW), wanted)
+    expected = torch.cat(halves, 1) / math.sqrt(1 + block.get_submodule("layers.norm.norm").eps)
+    torch.testing.assert_close(block(x_NCHW), expected)
     only_odd = torch.zeros(1, 4, 8, 8)
     only_odd[:, :, 1::2, 1::2] = 1.0
-    seen = block(only_odd)
-    assert not seen[:, :3].any()
-    assert seen[:, 3:].any()
+    output = block(only_odd)
+    assert not output[:, :3].any()
+    assert output[:, 3:].any()

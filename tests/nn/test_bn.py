@@ -1,4 +1,4 @@
-"""BN recalibration: exact statistics, nothing else touched, and a ranking that means something."""
+"""BN recalibration: exact statistics, nothing else changed, and accuracy regained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def test_closed_form() -> None:
-    """The mean of the batches' means, and of their unbiased variances."""
+    """The means of the batches' means and of their unbiased variances."""
     norm = nn.BatchNorm2d(3, momentum=0.07)
     nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
@@ -40,8 +40,8 @@ def test_closed_form() -> None:
     assert torch.equal(norm.bias, bias)
 
 
-def test_statistics_behind_another_norm() -> None:
-    """A second norm sees what the first gives in training mode, so its statistics are
+def test_statistics_after_another_norm() -> None:
+    """A second norm sees what the first outputs in training mode, so its statistics are
     those of the same forward pass.
     """
     network = nn.Sequential(
@@ -58,7 +58,7 @@ def test_statistics_behind_another_norm() -> None:
 
 
 @pytest.mark.slow
-def test_without_it_a_ranking_means_nothing(tmp_path: Path) -> None:
+def test_recalibration_restores_the_accuracy_of_extracted_networks(tmp_path: Path) -> None:
     data = DataConfig(
         name="digits", resolution=8, channels=1, mean=(0.5,), std=(0.5,), augment="none"
     )

@@ -1,5 +1,5 @@
-"""The super-net of cells: a single path is its stand-alone network, a mixture is the
-sum, and what is off costs nothing.
+"""The super-net of cells: a single path is its standalone network, a mixture is the
+weighted sum, and unused weights get no gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hwnas.config import SupernetConfig
-from hwnas.core.cell_plan import NONE
+from hwnas.core.cell_steps import NONE
 from hwnas.core.cells import CellSpace
 from hwnas.core.spaces import darts, nasbench201, nds_darts
 from hwnas.errors import ConfigError
@@ -24,7 +24,7 @@ from hwnas.search.proposal import one_hot
 SPACES = {
     "nasbench201": nasbench201(width=0.25, resolution=8),
     "darts": darts(channels=4, layers=5, resolution=8),
-    # whose second stage is one reduction
+    # its second stage is a single reduction
     "nds_darts": nds_darts(width=0.125, layers=4, resolution=8),
 }
 
@@ -42,9 +42,7 @@ def supernet_of(space: CellSpace, **config: object) -> CellSupernet:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_single_path_is_the_network_that_is_extracted(
-    name: str, affine: bool, tmp_path: Path
-) -> None:
+def test_a_single_path_is_the_extracted_network(name: str, affine: bool, tmp_path: Path) -> None:
     space, rng = SPACES[name], np.random.default_rng(0)
     supernet = supernet_of(space, bn_affine=affine)
     for _ in range(6):
@@ -65,26 +63,24 @@ def test_a_single_path_gives_no_other_weight_a_gradient(name: str) -> None:
     picks = space.sample(np.random.default_rng(3))
     supernet(images(), one_hot(picks, space)).sum().backward()
     trained = sum(weight.numel() for weight in supernet.parameters() if weight.grad is not None)
-    alone = supernet.extract(picks)
-    # behind a zero node nothing learns
-    assert 0 < trained <= sum(weight.numel() for weight in alone.parameters())
+    network = supernet.extract(picks)
+    # fewer than all if a node is zero: nothing after it learns
+    assert 0 < trained <= sum(weight.numel() for weight in network.parameters())
 
 
 def test_a_mixture_is_the_weighted_sum_of_options() -> None:
-    """With one edge open on a space whose only path leads over it, logits before the
-    classifier are linear in nothing but BN: by hand.
-    """
+    """A single edge, worked out by hand. Options of weight 0 get no gradient."""
     space = SPACES["nasbench201"]
     supernet = supernet_of(space)
-    position, place = next(
-        (i, place) for i, place in enumerate(supernet.places) if place.key == "c.e1-3"
+    position, step = next(
+        (i, step) for i, step in enumerate(supernet.steps) if step.key == "c.e1-3"
     )
     x_NCHW = torch.randn(
-        2, place.channels, place.size, place.size, generator=torch.Generator().manual_seed(2)
+        2, step.channels, step.size, step.size, generator=torch.Generator().manual_seed(2)
     )
     weights = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4], requires_grad=True)
     part = supernet.parts[position]
-    mixed = supernet._edge(place, part, x_NCHW, with_values({"c.e1-3": weights}), 0.0)
+    mixed = supernet._edge(step, part, x_NCHW, with_values({"c.e1-3": weights}), 0.0)
     by_hand = 0.2 * x_NCHW + 0.3 * part["nor_conv_3x3"](x_NCHW) + 0.4 * part["avg_pool_3x3"](x_NCHW)
     assert mixed is not None
     torch.testing.assert_close(mixed, by_hand)
@@ -97,27 +93,28 @@ def test_a_mixture_is_the_weighted_sum_of_options() -> None:
     assert all(weight.grad is None for weight in part["nor_conv_1x1"].parameters())
 
 
-def test_edges_weigh_as_the_pairs_that_keep_them() -> None:
+def test_edges_weigh_as_much_as_the_input_pairs_that_keep_them() -> None:
     space = SPACES["darts"]
     supernet = supernet_of(space)
     picks = space.sample(np.random.default_rng(0))
     gates = {key: torch.tensor(gate) for key, gate in one_hot(picks, space).items()}
     key = "normal.n4.inputs"
     gates["normal.e0-4"] = gates["normal.e3-4"] = torch.eye(8)[3].double()
+    # both pairs keep 0-4, and neither keeps 3-4
     gates[key] = torch.tensor(
         [0.5 if pair in ("0+1", "0+2") else 0.0 for pair in space.inputs[key]]
     )
-    position, place = next(
-        (i, place) for i, place in enumerate(supernet.places) if place.key == "normal.e0-4"
+    position, step = next(
+        (i, step) for i, step in enumerate(supernet.steps) if step.key == "normal.e0-4"
     )
-    x_NCHW = torch.randn(2, place.channels, place.size, place.size)
-    kept = supernet._edge(place, supernet.parts[position], x_NCHW, with_values(gates), 0.0)
+    x_NCHW = torch.randn(2, step.channels, step.size, step.size)
+    kept = supernet._edge(step, supernet.parts[position], x_NCHW, with_values(gates), 0.0)
     assert kept is not None
     torch.testing.assert_close(kept, x_NCHW)
-    left_out = next(i for i, place in enumerate(supernet.places) if place.key == "normal.e3-4")
+    left_out = next(i for i, step in enumerate(supernet.steps) if step.key == "normal.e3-4")
     assert (
         supernet._edge(
-            supernet.places[left_out], supernet.parts[left_out], x_NCHW, with_values(gates), 0.0
+            supernet.steps[left_out], supernet.parts[left_out], x_NCHW, with_values(gates), 0.0
         )
         is None
     )
@@ -131,17 +128,17 @@ def test_rematerialisation_changes_no_gradient(name: str) -> None:
         choice.key: np.full(len(choice.options), 1 / len(choice.options))
         for choice in space.choices
     }
-    found = []
+    gradients = []
     for remat in (True, False):
         supernet = supernet_of(space, remat=remat)
         torch.manual_seed(0)
         supernet(images(), gates, skip_dropout=0.3).square().sum().backward()
-        found.append([weight.grad for weight in supernet.parameters()])
-    for mine, other in zip(*found, strict=True):
+        gradients.append([weight.grad for weight in supernet.parameters()])
+    for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
 
 
-def test_statistics_are_tracked_where_they_are_kept() -> None:
+def test_running_statistics_change_only_while_tracking() -> None:
     space = SPACES["darts"]
     supernet = supernet_of(space, bn_track=True)
     gates = {
@@ -159,7 +156,7 @@ def test_statistics_are_tracked_where_they_are_kept() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
-def test_files_and_proxies(name: str, tmp_path: Path) -> None:
+def test_a_saved_super_net_keeps_its_proxies(name: str, tmp_path: Path) -> None:
     space = SPACES[name].changed("deeper", cells=(2, 2), channels=8)
     supernet = supernet_of(space, proxy_depth=1, proxy_width=0.5, bn_affine=False)
     picks = space.sample(np.random.default_rng(0))
@@ -174,7 +171,7 @@ def test_files_and_proxies(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_super_net_that_grows(tmp_path: Path) -> None:
+def test_only_the_current_stage_of_a_growing_super_net_learns(tmp_path: Path) -> None:
     space = SPACES["darts"].changed("deep", cells=(3, 3))
     growing = GrowingSupernet(space, torch.Generator().manual_seed(0), SupernetConfig(), (1, 2, 3))
     picks = space.sample(np.random.default_rng(0))
@@ -218,10 +215,10 @@ def angle_vector(supernet: CellSupernet, text: str) -> list[torch.Tensor]:
     """AngleNAS's vector of a NAS-Bench-201 cell, path by path and cell by cell."""
     space = supernet.space
     picks = space.read(text)
-    parts = {place.slot: part for place, part in zip(supernet.places, supernet.parts, strict=True)}
-    found: list[torch.Tensor] = []
+    parts = {step.slot: part for step, part in zip(supernet.steps, supernet.parts, strict=True)}
+    vector: list[torch.Tensor] = []
     for slot in ("stem", "cell5", "cell11", "norm", "classifier"):
-        found += [weight.flatten() for weight in parts[slot].parameters()]
+        vector += [weight.flatten() for weight in parts[slot].parameters()]
     for path in ((0, 3), (0, 2, 3), (0, 1, 2, 3), (0, 1, 3)):
         for cell in (*range(5), *range(6, 11), *range(12, 17)):
             weights: list[torch.Tensor] = []
@@ -232,9 +229,9 @@ def angle_vector(supernet: CellSupernet, text: str) -> list[torch.Tensor]:
                     break
                 if option == "avg_pool_3x3":
                     channels = next(
-                        place.channels
-                        for place in supernet.places
-                        if place.slot == f"cell{cell}.c.e{source}-{node}"
+                        step.channels
+                        for step in supernet.steps
+                        if step.slot == f"cell{cell}.c.e{source}-{node}"
                     )
                     weights.append(torch.full((channels * 9,), 1 / 9))
                 elif option != "skip_connect":
@@ -243,12 +240,12 @@ def angle_vector(supernet: CellSupernet, text: str) -> list[torch.Tensor]:
                             option
                         ].layers.conv.conv.weight.flatten()
                     )
-            found += weights
-    return found
+            vector += weights
+    return vector
 
 
-def test_the_angle_s_weights_are_anglenas_s() -> None:
-    """Sums over them as often as they occur are those of the long vector."""
+def test_the_weights_of_the_angle_are_those_of_anglenas() -> None:
+    """Sums over the weights, times their multiplicity, are those of the long vector."""
     space, rng = SPACES["nasbench201"], np.random.default_rng(0)
     supernet = supernet_of(space)
     for _ in range(10):
@@ -266,7 +263,7 @@ def test_the_angle_s_weights_are_anglenas_s() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
-def test_smaller_images_up_to_the_last_part_of_the_training(name: str) -> None:
+def test_images_are_smaller_until_the_last_part_of_training(name: str) -> None:
     space, x_NCHW = SPACES[name].changed(name, resolution=16), resized(images(), 16)
     supernet = supernet_of(space, proxy_resolution=8, full_resolution=0.5)
     for seed in range(5):
@@ -274,7 +271,7 @@ def test_smaller_images_up_to_the_last_part_of_the_training(name: str) -> None:
         network, gates = supernet.extract(picks).train(), one_hot(picks, space)
         assert supernet.train()(x_NCHW, gates).shape == (4, 10)
         if any(step.kind == "zero" for step in network.arch.graph):
-            continue  # those of the network alone are of one size
+            continue  # a standalone network's zeros have a fixed size
         for supernet.fraction, size in ((0.0, 8), (0.5, 16)):
             torch.testing.assert_close(
                 supernet.train()(x_NCHW, gates), network(resized(x_NCHW, size))
@@ -291,7 +288,7 @@ def test_smaller_images_up_to_the_last_part_of_the_training(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_stage_of_a_super_net_that_grows_knows_how_far_the_training_is() -> None:
+def test_every_stage_of_a_growing_super_net_knows_the_progress_of_training() -> None:
     config = SupernetConfig(proxy_resolution=8, full_resolution=0.5)
     growing = GrowingSupernet(
         SPACES["darts"].changed("larger", resolution=16),
@@ -307,19 +304,21 @@ def test_every_stage_of_a_super_net_that_grows_knows_how_far_the_training_is() -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("asked", "kept"), [("auto", "torch"), ("torch", "torch"), ("he", "he")])
-def test_weights_begin_as_the_papers_code_does_or_as_asked(
-    asked: str, kept: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("requested", "expected"), [("auto", "torch"), ("torch", "torch"), ("he", "he")]
+)
+def test_weights_are_initialised_as_in_the_papers_code_or_as_requested(
+    requested: str, expected: str, tmp_path: Path
 ) -> None:
-    """PyTorch's uniform ones end at 1 / sqrt(fan-in), of which a third of He's normal
-    ones are beyond. The file says which they are.
+    """PyTorch's uniform weights end at 1 / sqrt(fan-in); nearly half of He's normal
+    weights lie beyond. The file records the initialisation.
     """
-    supernet = supernet_of(SPACES["nasbench201"], initialisation=asked)
+    supernet = supernet_of(SPACES["nasbench201"], initialisation=requested)
     convs = [part.weight for part in supernet.modules() if isinstance(part, torch.nn.Conv2d)]
     beyond = [float((weight.abs() > weight[0].numel() ** -0.5).float().mean()) for weight in convs]
-    assert max(beyond) == 0 if kept == "torch" else min(beyond) > 0.2
+    assert max(beyond) == 0 if expected == "torch" else min(beyond) > 0.2
     supernet.save(tmp_path / "shared.safetensors")
     assert (
         load_supernet(tmp_path / "shared.safetensors", SPACES["nasbench201"]).config.initialisation
-        == kept
+        == expected
     )

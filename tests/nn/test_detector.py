@@ -1,5 +1,5 @@
-"""Detection networks: what they put out and in which order, how their weights begin,
-how they are kept.
+"""Detection networks: their outputs and the order of these, initialisation, and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def test_rows_are_anchors_cell_by_cell_and_map_by_map() -> None:
         torch.randn(2, head.in_ch, head.size, head.size) for head in detector_of(network.arch).heads
     ]
     logits, codes = predictions(network.heads, maps, 3)
-    coarser = 6 * 16**2  # the first map's anchors come first
+    finest = 6 * 16**2  # the first map's anchors come first
     for row, column, anchor in ((0, 0, 0), (2, 5, 4), (7, 1, 5)):
-        found, at = coarser + (row * 8 + column) * 6 + anchor, (1, slice(None), row, column)
+        index, at = finest + (row * 8 + column) * 6 + anchor, (1, slice(None), row, column)
         class_map, code_map = network.heads[1](maps[1])
-        torch.testing.assert_close(logits[1, found], class_map[at][4 * anchor : 4 * anchor + 4])
-        torch.testing.assert_close(codes[1, found], code_map[at][4 * anchor : 4 * anchor + 4])
+        torch.testing.assert_close(logits[1, index], class_map[at][4 * anchor : 4 * anchor + 4])
+        torch.testing.assert_close(codes[1, index], code_map[at][4 * anchor : 4 * anchor + 4])
 
 
-def test_weights_are_a_function_of_the_generator_and_begin_as_documented() -> None:
+def test_weights_depend_only_on_the_generator_and_start_as_documented() -> None:
     network, same, other = small_network(), small_network(), small_network(seed=1)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, same.state_dict()[name]), name
@@ -68,13 +68,13 @@ def test_weights_are_a_function_of_the_generator_and_begin_as_documented() -> No
 
 
 @torch.inference_mode()
-def test_scores_of_sigmoids_begin_at_one_percent() -> None:
+def test_sigmoid_scores_start_at_one_percent() -> None:
     logits, codes = small_network(scores="sigmoid").eval()(torch.zeros(1, 3, 64, 64))
     assert torch.sigmoid(logits).mean().item() == pytest.approx(0.01, rel=0.1)
     assert codes.abs().max() < 1
 
 
-def test_blocks_take_the_weights_of_a_classifiers() -> None:
+def test_blocks_take_the_weights_of_a_classifier() -> None:
     arch = Architecture(
         name="classifier", blocks=(*BLOCKS, Conv(8, 40, 64, act="relu6"), Classifier(8, 64, 7))
     )
@@ -98,7 +98,7 @@ def test_bn_is_recalibrated_in_every_part() -> None:
         assert not name.endswith("running_mean") or tensor.any(), name
 
 
-def test_a_checkpoint_gives_the_detector_back(tmp_path: Path) -> None:
+def test_a_checkpoint_restores_the_detector(tmp_path: Path) -> None:
     network = small_network(scores="sigmoid").train()
     x_NCHW, _ = batch()
     network(x_NCHW)  # moves the BN statistics
@@ -111,7 +111,7 @@ def test_a_checkpoint_gives_the_detector_back(tmp_path: Path) -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_weights_without_a_detector_are_no_checkpoint_of_one(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_detectors_weights_is_refused(tmp_path: Path) -> None:
     network = small_network()
     backbone = ClassificationNetwork(Architecture(name="backbone", blocks=network.arch.blocks))
     backbone.arch = network.arch
@@ -122,7 +122,7 @@ def test_weights_without_a_detector_are_no_checkpoint_of_one(tmp_path: Path) -> 
         load_network(tmp_path / "model.safetensors")
 
 
-def test_a_classifier_is_not_built_of_a_detector() -> None:
+def test_each_kind_of_network_refuses_the_others_architectures() -> None:
     with pytest.raises(AssertionError, match="has a detector"):
         ClassificationNetwork(small_arch())
     with pytest.raises(AssertionError, match="has no detector"):

@@ -1,5 +1,5 @@
-"""The super-net of a space of detectors: one-hot gates are the extracted detector,
-mixtures are differentiable, backbones are inherited.
+"""The super-net of a detector space: one-hot gates give the extracted detector,
+mixtures are differentiable, and backbones are inherited.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def supernet_of(space: MacroSpace, seed: int = 0, **config: Any) -> MacroSuperne
     return MacroSupernet(space, torch.Generator().manual_seed(seed), SupernetConfig(**config))
 
 
-SUPERNET_FILE: tuple[dict[str, Any], ...] = (
+CONFIGS: tuple[dict[str, Any], ...] = (
     {},
     {"sharing": "separate"},
     {"kernels": "ofa", "channels": "interpolation"},
@@ -44,9 +44,9 @@ SUPERNET_FILE: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("config", SUPERNET_FILE)
+@pytest.mark.parametrize("config", CONFIGS)
 @torch.no_grad()
-def test_one_hot_gates_are_the_extracted_detector(config: dict[str, Any]) -> None:
+def test_one_hot_gates_give_the_extracted_detector(config: dict[str, Any]) -> None:
     space = detectors()
     supernet, x_NCHW = supernet_of(space, **config).eval(), images()
     for seed in range(4):
@@ -56,7 +56,7 @@ def test_one_hot_gates_are_the_extracted_detector(config: dict[str, Any]) -> Non
         recalibrate(network, [x_NCHW])
         for norm in network.modules():
             if isinstance(norm, nn.BatchNorm2d):
-                norm.train()  # the statistics of the batch, as in the super-net
+                norm.train()  # use the statistics of the batch, as the super-net does
         for mine, theirs in zip(
             supernet(x_NCHW, one_hot(picks, space)), network(x_NCHW), strict=True
         ):
@@ -79,8 +79,8 @@ def test_every_gate_gets_a_gradient_from_the_detectors_outputs() -> None:
 
 
 def test_probed_widths_get_a_gradient_too() -> None:
-    """A width that weighs 0 gets its own from the extra, not from the predictors, whose
-    BN would make something of nothing.
+    """The gradient of a width of weight 0 comes from the extra layer, not from the
+    predictors, whose BN would turn a zero map into something else.
     """
     space = detectors()
     supernet, picks = supernet_of(space).train(), space.at([0] * len(space.choices))
@@ -94,7 +94,7 @@ def test_probed_widths_get_a_gradient_too() -> None:
     assert gradient is not None and gradient[1] != 0
 
 
-def test_sigmoid_scores_begin_at_one_percent() -> None:
+def test_sigmoid_scores_start_at_one_percent() -> None:
     supernet = supernet_of(detectors()).eval()
     logits, _ = supernet(
         images(), one_hot(detectors().at([0] * len(detectors().choices)), detectors())
@@ -102,7 +102,7 @@ def test_sigmoid_scores_begin_at_one_percent() -> None:
     assert torch.sigmoid(logits[..., 1:]).mean().item() == pytest.approx(0.01, rel=0.2)
 
 
-def test_a_super_net_of_detectors_is_kept_with_its_space(tmp_path: Path) -> None:
+def test_a_super_net_of_detectors_is_saved_with_its_space(tmp_path: Path) -> None:
     supernet = supernet_of(detectors())
     supernet.save(tmp_path / "shared.safetensors")
     again = load_supernet(tmp_path / "shared.safetensors", detectors())
@@ -130,8 +130,8 @@ def test_a_portfolio_holds_detectors() -> None:
 # inheritance
 
 
-def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
-    """Images of another size, another stage in the middle."""
+def test_slots_that_match_take_the_classifiers_weights(tmp_path: Path) -> None:
+    """The other super-net has smaller images and another stage in the middle."""
     stages = classifiers().stages
     other = classifiers().model_copy(
         update={
@@ -156,12 +156,14 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
     for position, slot in enumerate(supernet.proxy.slots):
         for name, tensor in supernet.slots[position].state_dict().items():
             taken = slot.key in inherited.taken
-            there = [
+            matching = [
                 module
                 for module, theirs in zip(source.slots, source.proxy.slots, strict=True)
                 if theirs.key == slot.key
             ]
-            expected = there[0].state_dict()[name] if taken else before[f"slots.{position}.{name}"]
+            expected = (
+                matching[0].state_dict()[name] if taken else before[f"slots.{position}.{name}"]
+            )
             assert torch.equal(tensor, expected), (slot.key, name)
     assert all(
         torch.equal(supernet.state_dict()[name], tensor)
@@ -170,7 +172,7 @@ def test_slots_that_agree_take_the_classifiers_weights(tmp_path: Path) -> None:
     )
 
 
-def test_a_super_net_that_shares_otherwise_gives_nothing(tmp_path: Path) -> None:
+def test_a_super_net_without_a_common_slot_is_refused(tmp_path: Path) -> None:
     stages = (
         SpaceStage(widths=(12,), stride=2, slots=(("cn_k3",),)),
         SpaceStage(widths=(20,), stride=2, slots=(("ir_k3_e3",),)),

@@ -2,7 +2,7 @@
 definition says.
 
 Yu, Ranftl, Salzmann (arXiv 2003.04276, arXiv 2110.01154). The fourteenth, the sampling
-of paths, is the strategy spos's.
+of paths, is the strategy ``spos``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def conv_of(supernet: MacroSupernet, position: int, name: str, source: int = 0) 
     return copies[source][name]
 
 
-def test_the_defaults_are_tunas_s() -> None:
+def test_the_defaults_are_those_of_tunas() -> None:
     config = SupernetConfig()
     assert (config.channels, config.operation_on, config.wsbn) == ("first", "node", False)
     assert (config.sharing, config.kernels) == ("auto", "auto")  # as in the method's paper
@@ -78,8 +78,8 @@ def narrow_space() -> MacroSpace:
 
 @pytest.mark.parametrize("method", ["first", "chunk", "random", "interpolation"])
 def test_dynamic_channelling(method: Any) -> None:
-    """A narrower layer is convolved with the first filters, with ones in a row, with
-    any, or with averages of neighbours.
+    """A narrower layer uses the first filters, consecutive ones, any, or averages of
+    neighbours.
     """
     supernet = supernet_of(narrow_space(), SupernetConfig(channels=method)).double()
     x_NCHW = batch(narrow_space())[0].double()
@@ -87,7 +87,7 @@ def test_dynamic_channelling(method: Any) -> None:
     seen: set[tuple[int, ...]] = set()
     for seed in range(40):
         torch.manual_seed(seed)
-        found = supernet.train()(x_NCHW, {"s0.width": np.array([1.0, 0.0])})
+        logits = supernet.train()(x_NCHW, {"s0.width": np.array([1.0, 0.0])})
         options = {
             "first": [[0, 1, 2, 3]],
             "chunk": [list(range(i, i + 4)) for i in range(5)],
@@ -100,24 +100,25 @@ def test_dynamic_channelling(method: Any) -> None:
         taken = [
             tuple(index)
             for index in options
-            if torch.allclose(found, logits_of(supernet, x_NCHW, part, index), atol=1e-10)
+            if torch.allclose(logits, logits_of(supernet, x_NCHW, part, index), atol=1e-10)
         ]
         if method == "interpolation":
-            assert torch.allclose(found, logits_of(supernet, x_NCHW, part, None), atol=1e-10)
+            assert torch.allclose(logits, logits_of(supernet, x_NCHW, part, None), atol=1e-10)
             break
         assert len(taken) == 1
         seen.update(taken)
     assert len(seen) == {"first": 1, "chunk": 5, "interpolation": 0}.get(method, len(seen))
+    # of 70 possible choices, drawn 40 times
     assert method != "random" or len(seen) > 20
-    judged = supernet.eval()(x_NCHW, {"s0.width": np.array([1.0, 0.0])})
+    evaluated = supernet.eval()(x_NCHW, {"s0.width": np.array([1.0, 0.0])})
     index = None if method == "interpolation" else [0, 1, 2, 3]
-    assert torch.allclose(judged, logits_of(supernet, x_NCHW, part, index), atol=1e-10)
+    assert torch.allclose(evaluated, logits_of(supernet, x_NCHW, part, index), atol=1e-10)
 
 
 def logits_of(
     supernet: MacroSupernet, x_NCHW: Tensor, part: Any, index: list[int] | None
 ) -> Tensor:
-    """Logits of the one layer with some of its filters, or (None) with averages of pairs."""
+    """Logits of the layer with some of its filters, or (None) averages of pairs."""
 
     def kept(tensor: Tensor) -> Tensor:
         return tensor.unflatten(0, (-1, 2)).mean(1) if index is None else tensor[index]
@@ -140,8 +141,8 @@ def logits_of(
 @pytest.mark.parametrize("kernels", ["ofa", "ofa_transform"])
 @pytest.mark.parametrize("sharing", ["collapsed", "separate"])
 def test_ofa_kernel(kernels: Any, sharing: Any) -> None:
-    """One largest kernel and one BN per slot, centres for the smaller ones; transforms
-    start as the identity, and are trained.
+    """One largest kernel and one BN per slot, with its centres as smaller kernels.
+    Transforms start as the identity and are trained.
     """
     space = kernels_space()
     supernet = supernet_of(space, SupernetConfig(kernels=kernels, sharing=sharing)).double()
@@ -154,7 +155,7 @@ def test_ofa_kernel(kernels: Any, sharing: Any) -> None:
     x_NCHW = torch.randn(4, 8, 8, 8).double()
     weight, width = part.conv.weight.detach().clone(), Width(8, 8)
     with torch.no_grad():
-        part.conv.weight[:, :, 2:5, 2:5] = 0  # the centre of 3 x 3
+        part.conv.weight[:, :, 2:5, 2:5] = 0  # the 3 x 3 centre
         module = supernet.slots[1]
         assert torch.equal(
             module(x_NCHW, slot_gates(module.slot, np.eye(3)[0]), width, width).std((0, 2, 3))
@@ -178,7 +179,7 @@ def test_ofa_kernel(kernels: Any, sharing: Any) -> None:
 
 
 def skippable_space() -> MacroSpace:
-    """A slot whose input comes from any of three others."""
+    """A space whose last slot may take its input from any of the three before it."""
     stages = (
         SpaceStage(
             widths=(8,),
@@ -194,11 +195,13 @@ PATHS: dict[tuple[str, str], int] = {
     ("ir_k3_e3", "skip"): 1,
     ("skip", "skip"): 2,
 }
-"""The options of the two slots before the last -> how far back the last slot's input comes from."""
+"""How many slots the last slot's input passes over, by the options of the two slots
+before it.
+"""
 
 
 def touched(supernet: MacroSupernet, options: tuple[str, str]) -> dict[str, set[int]]:
-    """Numbers of the copies and norms of the last slot that a step trains."""
+    """Indices of the copies and norms of the last slot that a step trains."""
     space = skippable_space()
     x_NCHW, y = batch(space)
     supernet.zero_grad(set_to_none=True)
@@ -218,8 +221,8 @@ def touched(supernet: MacroSupernet, options: tuple[str, str]) -> dict[str, set[
 
 @pytest.mark.parametrize("track", [False, True])
 def test_wsbn(track: bool) -> None:
-    """Scale, shift and running statistics of a slot's own for each slot that its input
-    may come from; convolutions are shared.
+    """A slot has separate scales, shifts and running statistics for each slot that its
+    input may come from; convolutions are shared.
     """
     supernet = supernet_of(skippable_space(), SupernetConfig(wsbn=True, bn_track=track))
     assert [len(conv_of(supernet, position, "expand").norms) for position in (1, 2, 3)] == [1, 2, 3]
@@ -241,8 +244,8 @@ def test_wsbn(track: bool) -> None:
 
 
 def test_operation_on_node_or_edge() -> None:
-    """On an edge, all weights of a slot are its own for each slot that the input may
-    come from; on a node there is one set.
+    """On edges, a slot has separate weights for each slot that its input may come from;
+    on nodes, it has one set.
     """
     edge = supernet_of(skippable_space(), SupernetConfig(operation_on="edge"))
     node = supernet_of(skippable_space(), SupernetConfig(operation_on="node"))
@@ -261,15 +264,15 @@ def test_operation_on_node_or_edge() -> None:
 @pytest.mark.parametrize(
     "config", [{"wsbn": True}, {"operation_on": "edge"}, {"operation_on": "op"}]
 )
-def test_the_producer_may_stand_in_any_stage_before(make: Any, config: dict[str, Any]) -> None:
-    """Also where a stage's first slot is skipped, or its depth leaves the last ones out."""
+def test_the_producer_may_be_in_any_earlier_stage(make: Any, config: dict[str, Any]) -> None:
+    """Even if a stage's first slot is skipped or its depth omits the last ones."""
     space = make()
     supernet = supernet_of(space, SupernetConfig(**config)).double()
     x_NCHW = batch(space)[0].double()
     for picks in random_picks(space, 12):
         network = supernet.extract(picks).train()
-        found = supernet(x_NCHW, one_hot(picks, space))
-        assert torch.allclose(found, network(resized(x_NCHW, network.arch.resolution)), atol=1e-10)
+        logits = supernet(x_NCHW, one_hot(picks, space))
+        assert torch.allclose(logits, network(resized(x_NCHW, network.arch.resolution)), atol=1e-10)
 
 
 def test_global_dropout() -> None:
@@ -282,21 +285,21 @@ def test_global_dropout() -> None:
     plain.classifier.dropout.register_forward_hook(
         lambda module, args, output: features.append(output)
     )
-    judged = plain(x_NCHW, gates)
-    assert torch.equal(supernet.eval()(x_NCHW, gates), judged)
+    evaluated = plain(x_NCHW, gates)
+    assert torch.equal(supernet.eval()(x_NCHW, gates), evaluated)
     torch.manual_seed(4)
-    found = supernet.train()(x_NCHW, gates)
+    logits = supernet.train()(x_NCHW, gates)
     torch.manual_seed(4)
     expected = F.linear(
         F.dropout(features[0], 0.4), supernet.classifier.weight, supernet.classifier.bias
     )
-    assert torch.equal(found, expected)
-    assert not torch.allclose(found, judged)
+    assert torch.equal(logits, expected)
+    assert not torch.allclose(logits, evaluated)
 
 
 def test_path_dropout() -> None:
-    """NAO's schedule: keep = 1 - rate * layer / layers * progress. Whole images of
-    residual branches, scaled by 1 / keep.
+    """NAO's schedule: keep = 1 - rate * layer / layers * progress. A residual branch is
+    dropped for whole images and otherwise scaled by 1 / keep.
     """
     supernet = supernet_of(skippable_space(), SupernetConfig(path_dropout=0.6)).double()
     module, width = supernet.slots[3], Width(8, 8)
@@ -324,6 +327,7 @@ def test_path_dropout() -> None:
             module.eval()(x_NCHW, gates, width, width, seen[0]),
             module.train()(x_NCHW, gates, width, width),
         )
+    # about three standard errors over 512 images
     assert keeps == [1.0, pytest.approx(0.7, abs=0.07), pytest.approx(0.4, abs=0.07)]
     assert [round(supernet._keep_path(position), 6) for position in range(4)] == [
         0.85,
@@ -340,8 +344,8 @@ def test_path_dropout() -> None:
 
 
 def test_number_of_layers() -> None:
-    """proxy_depth d trains the first d slots of every stage; the others are as good as
-    not there.
+    """proxy_depth d trains the first d slots of every stage and leaves out the
+    others.
     """
     space = mobile32(resolution=16)
     supernet = supernet_of(space, SupernetConfig(proxy_depth=2))
@@ -375,7 +379,7 @@ def test_number_of_channels() -> None:
     assert torch.allclose(
         supernet(x_NCHW, one_hot(picks, space)), supernet.extract(picks).train()(x_NCHW), atol=1e-5
     )
-    # its searched widths would merge
+    # the searched widths of that space would merge
     with pytest.raises(ConfigError, match=r"proxy_width = 0\.25"):
         MacroSupernet(
             proxylessnas_enlarged(resolution=32, classes=10),
@@ -385,8 +389,8 @@ def test_number_of_channels() -> None:
 
 
 def test_number_of_pixels() -> None:
-    """proxy_resolution trains on smaller images, up to the last part of the steps; what
-    is judged is as it is.
+    """proxy_resolution trains on smaller images until the last part of the steps;
+    evaluation takes images as they are.
     """
     space = mobile32(resolution=16)
     supernet = supernet_of(space, SupernetConfig(proxy_resolution=8, full_resolution=0.25))
@@ -428,8 +432,8 @@ def digits(portion: float) -> tuple[Portion, Any]:
 
 
 def test_portion_of_the_training_data() -> None:
-    """A fixed random part, of every class, whatever the seed of the run; epochs are
-    counted on it.
+    """A fixed random part with every class, whatever the seed of the run; epochs are
+    counted on that part.
     """
     part, images = digits(0.25)
     assert len(part) == round(0.25 * len(images))
@@ -446,7 +450,9 @@ def test_portion_of_the_training_data() -> None:
 
 @pytest.mark.parametrize("size", [8, 32])
 def test_batch_size(size: int) -> None:
-    """Images of a training batch, and of a held-out batch; the learning rate follows linearly."""
+    """The number of images in training and held-out batches; the next test has the
+    learning rate that follows from it.
+    """
     part, images = digits(0.5)
     batches = Batches(part, images, DataConfig(), size, 0, 10)
     assert [
@@ -461,7 +467,9 @@ def engine_of(
 
 
 def test_learning_rate_and_epochs(tmp_path: Path) -> None:
-    """lr per 256 images, linearly scaled; warm-up, then a cosine to 0 at the end of the epochs."""
+    """lr is per 256 images and scales linearly; warm-up, then a cosine to 0 at the end
+    of the epochs.
+    """
     model = nn.Linear(2, 2)
     engine = engine_of(model, tmp_path, size=128, name="momentum", lr=0.4, warmup=0.1)
     rates = []
@@ -469,14 +477,15 @@ def test_learning_rate_and_epochs(tmp_path: Path) -> None:
         engine.step = step
         rates.append(engine.lr)
     cosine = [0.1 * (1 + math.cos(math.pi * (step / 100 - 0.1) / 0.9)) for step in (10, 55, 99)]
+    # 0.4 * 128 / 256 = 0.2, reached after 10 steps of warm-up
     assert rates == pytest.approx([0.2 / 11, *cosine])
     assert engine_of(model, tmp_path, size=32, lr=0.4).base_lr == pytest.approx(0.05)
     assert steps_of(20, 640, 64) == 200
 
 
 def test_weight_decay(tmp_path: Path) -> None:
-    """The gradient gets wd * w for convolutions; not for BN, biases and the classifier,
-    nor for weights that the step does not use.
+    """Adds wd * w to the gradients of convolutions, but not to those of BN, biases, the
+    classifier, or weights that the step does not use.
     """
     space = kernels_space()
     picks: Picks = {"s1.b0": "ir_k3_e3_se0.25", "s1.b1": "skip"}
@@ -499,6 +508,7 @@ def test_weight_decay(tmp_path: Path) -> None:
     before = dict(supernet_of(space).named_parameters())
     for name, parameter in after[0.5].items():
         decays = name in used and parameter.ndim > 1 and not name.startswith("classifier")
+        # the learning rate is 0.4 * 64 / 256 = 0.1
         expected = after[0.0][name] - (0.1 * 0.5 * before[name].detach() if decays else 0.0)
         assert torch.allclose(parameter, expected, atol=1e-6), name
         assert name in used or torch.equal(parameter, before[name]), name
@@ -507,8 +517,8 @@ def test_weight_decay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("track", [True, False])
 def test_bn_setting(affine: bool, track: bool) -> None:
-    """Affine: scale and shift are there and trained. Tracked: running statistics are
-    kept, and score; else the batch's do.
+    """Affine: norms have a scale and a shift. Tracked: running statistics are kept and
+    used in evaluation; otherwise those of the batch are.
     """
     space = kernels_space()
     supernet = supernet_of(space, SupernetConfig(bn_affine=affine, bn_track=track)).double()
@@ -523,8 +533,8 @@ def test_bn_setting(affine: bool, track: bool) -> None:
     x_NCHW, gates = batch(space)[0].double(), one_hot(picks, space)
     for _ in range(5):
         supernet.train()(3 * x_NCHW + 1, gates)
-    judged, trained = supernet.eval()(x_NCHW, gates), supernet.train()(x_NCHW, gates)
-    assert torch.allclose(judged, trained) == (not track)
+    evaluated, trained = supernet.eval()(x_NCHW, gates), supernet.train()(x_NCHW, gates)
+    assert torch.allclose(evaluated, trained) == (not track)
     halves = torch.cat([supernet.eval()(x_NCHW[:3], gates), supernet.eval()(x_NCHW[3:], gates)])
     # one image's logits do not depend on the others'
     assert torch.allclose(supernet.eval()(x_NCHW, gates), halves) == track
@@ -562,8 +572,8 @@ EVERYTHING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("sharing", ["collapsed", "separate"])
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_the_extracted_network_is_the_path_under_every_heuristic(name: str, sharing: Any) -> None:
-    """In evaluation mode, where nothing is random, with transforms and statistics that
-    are not what they started as.
+    """In evaluation mode, where nothing is random, with transforms and statistics away
+    from their initial values.
     """
     for space in (widths_space(), depths_space(), kernels_space()):
         if name == "width":
@@ -577,10 +587,10 @@ def test_the_extracted_network_is_the_path_under_every_heuristic(name: str, shar
         supernet.eval()
         for picks in random_picks(space, 3):
             network = supernet.extract(picks).train(name != "track")
-            found = supernet(x_NCHW, one_hot(picks, space))
-            assert found.std() > 1e-3
+            logits = supernet(x_NCHW, one_hot(picks, space))
+            assert logits.std() > 1e-3
             assert torch.allclose(
-                found, network(resized(x_NCHW, network.arch.resolution)), rtol=1e-9, atol=1e-9
+                logits, network(resized(x_NCHW, network.arch.resolution)), rtol=1e-9, atol=1e-9
             )
             assert not supernet.training
 
@@ -593,8 +603,8 @@ def wider(space: MacroSpace) -> list[dict[str, Any]]:
     ]
 
 
-def test_options_that_share_kernels_still_run_apart_where_they_are_separate() -> None:
-    """A mixture of OFA kernels with separate sharing is the sum of the options' outputs."""
+def test_options_that_share_kernels_still_run_separately_with_separate_sharing() -> None:
+    """A mixture of OFA kernels with separate sharing is the mean of the outputs."""
     space = MacroSpace(
         name="one",
         resolution=6,
@@ -604,6 +614,8 @@ def test_options_that_share_kernels_still_run_apart_where_they_are_separate() ->
     supernet = supernet_of(space, SupernetConfig(kernels="ofa", sharing="separate")).double()
     module, width = supernet.slots[1], Width(8, 8)
     x_NCHW = torch.randn(4, 8, 6, 6).double()
-    each = [module(x_NCHW, slot_gates(module.slot, np.eye(4)[i]), width, width) for i in range(4)]
+    outputs = [
+        module(x_NCHW, slot_gates(module.slot, np.eye(4)[i]), width, width) for i in range(4)
+    ]
     mixed = module(x_NCHW, slot_gates(module.slot, np.full(4, 0.25)), width, width)
-    assert torch.allclose(mixed, sum(each) / 4, atol=1e-12)
+    assert torch.allclose(mixed, sum(outputs) / 4, atol=1e-12)

@@ -1,5 +1,5 @@
-"""Independent networks: networks that share nothing behind the interface of a super-net;
-training in turns is training alone.
+"""Independent networks: they share nothing behind the interface of a super-net, and
+training them in turn equals training each by itself.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tests.nn.nets import batch, depths_space
 torch.set_num_threads(1)
 
 
-def made() -> tuple[MacroSpace, list[Picks], IndependentNetworks]:
+def three_networks() -> tuple[MacroSpace, list[Picks], IndependentNetworks]:
     space, rng = depths_space(), np.random.default_rng(1)
     members = [{**space.sample(rng), "resolution": size} for size in (8, 12, 12)]
     return space, members, IndependentNetworks(space, members, torch.Generator().manual_seed(0))
 
 
-def test_gates_say_which_network_runs() -> None:
-    """At its own resolution; the others get no gradient."""
-    space, members, independent = made()
+def test_gates_select_the_network_that_runs() -> None:
+    """It runs at its own resolution, and the others get no gradient."""
+    space, members, independent = three_networks()
     x_NCHW, y = batch(space)
     for number, picks in enumerate(members):
         independent.zero_grad(set_to_none=True)
@@ -55,7 +55,7 @@ def test_gates_say_which_network_runs() -> None:
 
 
 def test_an_extracted_network_is_a_copy_with_its_statistics() -> None:
-    space, members, independent = made()
+    space, members, independent = three_networks()
     x_NCHW, _ = batch(space)
     independent.train()(x_NCHW, one_hot(members[1], space))
     network = independent.extract(members[1])
@@ -70,20 +70,20 @@ def test_an_extracted_network_is_a_copy_with_its_statistics() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "momentum", "adamw"])
-def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path) -> None:
-    """Bit for bit: no decay, no momentum and no statistics from the steps of the others."""
-    space, members, independent = made()
+def test_training_in_turn_equals_training_each_by_itself(optimizer: str, tmp_path: Path) -> None:
+    """Bit for bit: no decay, momentum or statistics from the steps of the others."""
+    space, members, independent = three_networks()
     config = OptimizerConfig(name=optimizer, lr=0.5, weight_decay=0.1, options={}, warmup=0.0)
-    alone = [independent.extract(picks) for picks in members]
+    standalone = [independent.extract(picks) for picks in members]
     together = Engine(independent, config, 9, 6, 0, tmp_path)
-    engines = [Engine(network, config, 9, 6, 0, tmp_path) for network in alone]
+    engines = [Engine(network, config, 9, 6, 0, tmp_path) for network in standalone]
     for step in range(9):
         x_NCHW, y = batch(space, step)
         turn = step % 3
         together.step = engines[turn].step = step
         together.train_step(x_NCHW, y, one_hot(members[turn], space))
         engines[turn].train_step(resized(x_NCHW, members[turn]["resolution"]), y)
-    for network, copy in zip(independent.networks, alone, strict=True):
+    for network, copy in zip(independent.networks, standalone, strict=True):
         weights: dict[str, Tensor] = copy.state_dict()
         assert all(
             torch.equal(value, weights[name]) for name, value in network.state_dict().items()
@@ -91,7 +91,7 @@ def test_training_in_turns_is_training_each_alone(optimizer: str, tmp_path: Path
 
 
 def test_the_classifiers_are_not_decayed() -> None:
-    _, members, independent = made()
+    _, members, independent = three_networks()
     last = [len(network.blocks) - 1 for network in independent.networks]
     assert independent.no_weight_decay() == {
         f"networks.{i}.blocks.{last[i]}.linear.weight" for i in range(len(members))
@@ -100,7 +100,7 @@ def test_the_classifiers_are_not_decayed() -> None:
 
 
 def test_it_has_the_super_nets_contract_but_nothing_to_share(tmp_path: Path) -> None:
-    space, _, independent = made()
+    space, _, independent = three_networks()
     supernet = MacroSupernet(space, torch.Generator())
     assert (independent.shares, supernet.shares) == (False, True)
     assert independent.proxies == supernet.proxies == (space,)

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved is what is loaded, and what is broken says so in one sentence."""
+"""Checkpoints: they read back, and broken ones are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_metadata_holds_the_architecture(saved: Path) -> None:
 
 @pytest.mark.slow
 def test_same_network_same_bytes(tmp_path: Path) -> None:
-    """In another process too: safetensors alone orders metadata by a hash that is
+    """In another process, too: by itself, safetensors orders metadata by a hash that is
     random per process.
     """
     metadata = {letter: letter for letter in "abcdefgh"}

@@ -1,5 +1,5 @@
-"""Losses and detections, against torchvision's parts and by hand. The whole is compared
-in tests/golden/test_ssdlite.py.
+"""Losses and detections, against torchvision's parts and by hand. The complete detector
+is compared in tests/golden/test_ssdlite.py.
 """
 
 from __future__ import annotations
@@ -67,16 +67,16 @@ def test_padding_order_and_boxes_without_area_make_no_difference(scores: Scores)
     boxes = torch.tensor([[4.0, 8, 40, 30, 0], [20, 20, 60, 64, 2]])
     flat = torch.tensor([[10.0, 10, 10, 40, 1], [30, 30, 20, 35, 1]])
     padding = torch.tensor([[5.0, 5, 40, 50, -1]])
-    alone = loss(outputs, torch.stack([boxes, boxes]))
+    unpadded = loss(outputs, torch.stack([boxes, boxes]))
     padded = loss(
         outputs,
         torch.stack([torch.cat((padding, boxes, flat)), torch.cat((flat, boxes.flip(0), padding))]),
     )
-    torch.testing.assert_close(padded, alone)
-    assert loss(outputs, torch.stack([boxes, torch.cat((boxes[:1], padding))])) != alone
+    torch.testing.assert_close(padded, unpadded)
+    assert loss(outputs, torch.stack([boxes, torch.cat((boxes[:1], padding))])) != unpadded
 
 
-def test_the_focal_loss_is_its_formula() -> None:
+def test_the_focal_loss_follows_its_formula() -> None:
     arch = small_arch(scores="sigmoid")
     logits, codes = random_outputs(arch, 1)
     boxes, label = torch.tensor([[6.0, 10, 50, 44]]), 1
@@ -84,13 +84,15 @@ def test_the_focal_loss_is_its_formula() -> None:
     matched = iou_A >= 0.5
     matched[iou_A.argmax()] = True
     p = torch.sigmoid(logits[0, :, 1:])
-    wanted = torch.zeros_like(p)
-    wanted[matched, label] = 1.0
-    focal = -wanted * 0.75 * (1 - p) ** 2 * p.log() - (1 - wanted) * 0.25 * p**2 * (1 - p).log()
+    target = torch.zeros_like(p)
+    target[matched, label] = 1.0
+    focal = -target * 0.75 * (1 - p) ** 2 * p.log() - (1 - target) * 0.25 * p**2 * (1 - p).log()
     coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
     anchors = default_boxes(arch)[matched]
-    off = (codes[0, matched] - coder.encode_single(boxes.expand(len(anchors), 4), anchors)).abs()
-    smooth_l1 = torch.where(off < 1, 0.5 * off**2, off - 0.5)
+    difference = (
+        codes[0, matched] - coder.encode_single(boxes.expand(len(anchors), 4), anchors)
+    ).abs()
+    smooth_l1 = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5)
     parts = DetectionLoss(arch).parts(
         (logits, codes), torch.tensor([[[*boxes[0].tolist(), label]]])
     )
@@ -101,7 +103,7 @@ def test_the_focal_loss_is_its_formula() -> None:
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("classes", [1, 3])
-def test_outputs_that_say_the_targets_give_the_targets(classes: int, scores: Scores) -> None:
+def test_outputs_that_encode_the_targets_give_the_targets(classes: int, scores: Scores) -> None:
     arch = small_arch(classes, scores)
     truth = torch.tensor([[6.0, 10, 50, 44, classes - 1], [30, 2, 62, 20, 0]])
     anchors = default_boxes(arch)
@@ -109,17 +111,17 @@ def test_outputs_that_say_the_targets_give_the_targets(classes: int, scores: Sco
     logits[..., 0], logits[..., 1:] = 9.0, -9.0
     codes = torch.zeros(1, len(anchors), 4)
     coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
-    for row, sure in zip(truth, (9.0, 7.0), strict=True):
+    for row, logit in zip(truth, (9.0, 7.0), strict=True):
         nearest = int(box_iou(row[None, :4], anchors).argmax())
-        logits[0, nearest, 0], logits[0, nearest, 1 + int(row[4])] = -9.0, sure
+        logits[0, nearest, 0], logits[0, nearest, 1 + int(row[4])] = -9.0, logit
         codes[0, nearest] = coder.encode_single(row[None, :4], anchors[nearest][None])[0]
-    (found,) = PostProcessor(arch, PostProcessing(min_score=0.5))((logits, codes))
-    torch.testing.assert_close(found.boxes_D4, truth[:, :4], rtol=0, atol=1e-3)
-    assert found.classes_D.tolist() == truth[:, 4].tolist()
-    assert 1 >= found.scores_D[0] > found.scores_D[1] > 0.99
+    (detections,) = PostProcessor(arch, PostProcessing(min_score=0.5))((logits, codes))
+    torch.testing.assert_close(detections.boxes_D4, truth[:, :4], rtol=0, atol=1e-3)
+    assert detections.classes_D.tolist() == truth[:, 4].tolist()
+    assert 1 >= detections.scores_D[0] > detections.scores_D[1] > 0.99
 
 
-def test_scores_of_sigmoids_are_sigmoids() -> None:
+def test_sigmoid_scores_are_sigmoids() -> None:
     """Against thresholds and NMS by hand."""
     arch = small_arch(scores="sigmoid")
     logits, codes = random_outputs(arch, 1)
@@ -132,27 +134,31 @@ def test_scores_of_sigmoids_are_sigmoids() -> None:
     anchor, label = (torch.sigmoid(logits[0, :, 1:]) > 0.9).nonzero(as_tuple=True)
     scores = torch.sigmoid(logits[0, anchor, 1 + label])
     kept = batched_nms(boxes_A4[anchor], scores, label, 0.6)
-    (found,) = PostProcessor(arch, config)((logits, codes))
+    (detections,) = PostProcessor(arch, config)((logits, codes))
     assert 100 < len(kept) < len(label)
-    torch.testing.assert_close(found.scores_D, scores[kept])
-    torch.testing.assert_close(found.boxes_D4, boxes_A4[anchor][kept])
-    assert torch.equal(found.classes_D, label[kept])
+    torch.testing.assert_close(detections.scores_D, scores[kept])
+    torch.testing.assert_close(detections.boxes_D4, boxes_A4[anchor][kept])
+    assert torch.equal(detections.classes_D, label[kept])
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_nothing_found_is_empty(scores: Scores) -> None:
+def test_no_detections_are_empty_tensors(scores: Scores) -> None:
     arch = small_arch(scores=scores)
     logits, codes = random_outputs(arch)
     logits[..., 0], logits[..., 1:] = 50.0, -50.0
-    for found in PostProcessor(arch)((logits, codes)):
-        assert (found.boxes_D4.shape, found.scores_D.shape, found.classes_D.shape) == (
+    for detections in PostProcessor(arch)((logits, codes)):
+        assert (
+            detections.boxes_D4.shape,
+            detections.scores_D.shape,
+            detections.classes_D.shape,
+        ) == (
             (0, 4),
             (0,),
             (0,),
         )
 
 
-def test_half_precision_outputs_are_taken() -> None:
+def test_half_precision_outputs_are_accepted() -> None:
     """As they come out of autocast."""
     arch, (_, y_NM5) = small_arch(), batch(count=2)
     logits, codes = random_outputs(arch)
@@ -163,4 +169,6 @@ def test_half_precision_outputs_are_taken() -> None:
         rtol=0.02,
         atol=0,
     )
-    assert all(found.boxes_D4.dtype == torch.float32 for found in PostProcessor(arch)(half))
+    assert all(
+        detections.boxes_D4.dtype == torch.float32 for detections in PostProcessor(arch)(half)
+    )

@@ -1,5 +1,5 @@
 """The super-net: a path is the extracted network, slicing is masking, mixtures are
-TuNAS's, and what is unused stays as it is.
+TuNAS's, and unused weights stay unchanged.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def shared_tensors(
     supernet: MacroSupernet, picks: Picks, network: ClassificationNetwork, sharing: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(the super-net's parameter, the extracted network's) for each parameter of the
-    network, found by shape and place only.
+    network, matched by name, shape and position only.
     """
     for block, (position, option, op) in zip(
         network.blocks, picked_ops(supernet.space, picks), strict=False
@@ -76,8 +76,8 @@ def shared_tensors(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "sharing"), PATHS)
 def test_a_path_is_the_extracted_network(name: str, sharing: str) -> None:
-    """Forward exactly; gradients equal, scattered back to the corner of the shared
-    weights that was used.
+    """Outputs are equal, and so are gradients, scattered back to the corner of the
+    shared weights that was used.
     """
     space = SPACES[name]()
     supernet = supernet_of(space, SupernetConfig(sharing=sharing)).double()
@@ -114,15 +114,15 @@ def prefix(count: int, total: int) -> Tensor:
 
 
 def padded(x_NCHW: Tensor, channels: int) -> Tensor:
-    """Zeros for the channels that are missing, up to ``channels``."""
+    """The first ``channels`` channels, with zeros for those that are missing."""
     return F.pad(x_NCHW, (0, 0, 0, 0, 0, max(0, channels - x_NCHW.shape[1])))[:, :channels]
 
 
 class MaskedSupernet:
-    """TuNAS's way, written out: the widest weights, times prefix masks; batch norm over
-    all channels, then masked.
+    """TuNAS's formulation, written out: the widest weights times prefix masks, and
+    batch norm over all channels, then masked.
 
-    Convolutions in groups are dense ones with a block-diagonal mask. In float64.
+    Grouped convolutions are dense ones with a block-diagonal mask. In float64.
     """
 
     def __init__(self, supernet: MacroSupernet, sharing: str) -> None:
@@ -284,35 +284,35 @@ def reference_branch(slot: nn.Module, x_NCHW: Tensor, kernels: dict[int, float])
 
 
 def run_slot(module: ElasticSlot, x_NCHW: Tensor, gate: np.ndarray) -> Tensor:
-    """A slot of eight channels in and out under a gate."""
-    found: Tensor = module(x_NCHW, slot_gates(module.slot, gate), Width(8, 8), Width(8, 8))
-    return found
+    """The output of a slot with eight channels in and out under a gate."""
+    y_NCHW: Tensor = module(x_NCHW, slot_gates(module.slot, gate), Width(8, 8), Width(8, 8))
+    return y_NCHW
 
 
 def test_uniform_kernels_average_before_the_projection() -> None:
     supernet = supernet_of(kernels_space()).double()
     x_NCHW = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     slot = supernet.slots[1]
-    found = run_slot(slot, x_NCHW, np.full(3, 1 / 3))
+    y_NCHW = run_slot(slot, x_NCHW, np.full(3, 1 / 3))
     assert torch.allclose(
-        found, reference_branch(slot, x_NCHW, {3: 1 / 3, 5: 1 / 3, 7: 1 / 3}), atol=1e-10
+        y_NCHW, reference_branch(slot, x_NCHW, {3: 1 / 3, 5: 1 / 3, 7: 1 / 3}), atol=1e-10
     )
     after_projection = sum(run_slot(slot, x_NCHW, np.eye(3)[i]) for i in range(3)) / 3
-    # averaging behind the projection is something else
-    assert (found - after_projection).abs().max() > 1e-3
+    # averaging after the projection gives something else
+    assert (y_NCHW - after_projection).abs().max() > 1e-3
 
 
 def test_half_a_skip_halves_the_branch() -> None:
     supernet = supernet_of(kernels_space()).double()
     x_NCHW = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     slot = supernet.slots[2]
-    found = run_slot(slot, x_NCHW, np.array([0.0, 0.5, 0.0, 0.5]))
+    y_NCHW = run_slot(slot, x_NCHW, np.array([0.0, 0.5, 0.0, 0.5]))
     assert torch.allclose(
-        found, x_NCHW + 0.5 * reference_branch(slot, x_NCHW, {5: 1.0}), atol=1e-10
+        y_NCHW, x_NCHW + 0.5 * reference_branch(slot, x_NCHW, {5: 1.0}), atol=1e-10
     )
-    found = run_slot(slot, x_NCHW, np.array([0.25, 0.25, 0.0, 0.5]))
+    y_NCHW = run_slot(slot, x_NCHW, np.array([0.25, 0.25, 0.0, 0.5]))
     assert torch.allclose(
-        found, x_NCHW + 0.5 * reference_branch(slot, x_NCHW, {3: 0.5, 5: 0.5}), atol=1e-10
+        y_NCHW, x_NCHW + 0.5 * reference_branch(slot, x_NCHW, {3: 0.5, 5: 0.5}), atol=1e-10
     )
     assert torch.equal(run_slot(slot, x_NCHW, np.array([0.0, 0.0, 0.0, 1.0])), x_NCHW)
 
@@ -351,7 +351,7 @@ def test_gradient_with_respect_to_gates() -> None:
     assert torch.autograd.gradcheck(output, (gates,), atol=1e-4)
 
 
-def test_zero_options_are_not_executed() -> None:
+def test_options_of_weight_zero_are_not_executed() -> None:
     space = kernels_space()
     supernet = supernet_of(space)
     x_NCHW, y = batch(space)
@@ -376,7 +376,7 @@ def test_zero_options_are_not_executed() -> None:
 
 @pytest.mark.parametrize("optimizer", ["rmsproptf", "sgd", "adamw"])
 def test_unused_weights_stay_bit_identical(optimizer: str, tmp_path: Path) -> None:
-    """No gradient, no momentum, no weight decay: not in the step that skips them,
+    """They get no gradient, momentum or weight decay in a step that skips them,
     whatever came before.
     """
     space = kernels_space()
@@ -402,7 +402,7 @@ def test_unused_weights_stay_bit_identical(optimizer: str, tmp_path: Path) -> No
     assert changed == used
 
 
-def test_a_skip_in_a_supernet_needs_every_open_gate() -> None:
+def test_a_super_net_needs_a_gate_for_every_choice() -> None:
     space = kernels_space()
     with pytest.raises(AssertionError):
         supernet_of(space)(batch(space)[0], {"s1.b0": np.array([1.0, 0, 0])})

@@ -1,5 +1,5 @@
-"""The super-net of a shrunk space begins as the one it was shrunk from: every network
-that is left is what it was.
+"""The super-net of a shrunk space starts with the weights of the original: every
+network that is left is unchanged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHRUNK: dict[str, tuple[MacroSpace, dict[str, list[Any]]]] = {
 
 
 def pairs(space: MacroSpace, left: MacroSpace) -> Iterator[tuple[Picks, Picks]]:
-    """Picks of the shrunk space, and what they are in the space before."""
+    """Picks in the shrunk space, and the same network's picks in the original space."""
     fixed = {choice.key: choice.options[0] for choice in space.choices}
     for slot in left.slots:
         fixed |= {slot.key: slot.options[0], slot.out_key: slot.out_widths[0]}
@@ -82,7 +82,7 @@ def test_no_weight_is_lost(name: str, config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("coarse", "fine"), [("node", "edge"), ("node", "op"), ("edge", "op")])
-def test_copies_begin_as_what_was_shared_and_part_in_training(coarse: Any, fine: Any) -> None:
+def test_copies_start_as_what_was_shared_and_diverge_in_training(coarse: Any, fine: Any) -> None:
     space, allowed = SHRUNK["tiny"]
     left = space.restrict(allowed, "left")
     before = supernet_of(space, SupernetConfig(sharing="separate", operation_on=coarse))
@@ -129,8 +129,10 @@ def test_copies_begin_as_what_was_shared_and_part_in_training(coarse: Any, fine:
     assert len(trained) == len(others) == 1 and trained != others
 
 
-def test_weights_per_operator_that_the_input_comes_from() -> None:
-    """A slot has a copy for each option, but skip, of each slot that its input may come from."""
+def test_weights_for_each_operator_that_the_input_may_come_from() -> None:
+    """A slot has a copy for each option, except skip, of each slot that its input may
+    come from.
+    """
     space = elastic_digits_space().restrict(
         {
             "s1.b0": ["ir_k3_e3", "ir_k5_e3"],
@@ -140,16 +142,16 @@ def test_weights_per_operator_that_the_input_comes_from() -> None:
     )
     supernet = supernet_of(space, SupernetConfig(sharing="separate", operation_on="op"))
     assert [len(module.copies) for module in supernet.slots] == [1, 1, 2, 4, 1]
-    found = {}
-    for one in ("ir_k3_e3", "ir_k5_e3"):
-        for two in ("ir_k3_e3", "ir_k5_e6", "skip"):
-            picks: Picks = {"s0.width": 8, "s1.b0": one, "s1.b1": two, "s2.width": 24}
-            found[one, two] = next(
+    sources = {}
+    for first in ("ir_k3_e3", "ir_k5_e3"):
+        for second in ("ir_k3_e3", "ir_k5_e6", "skip"):
+            picks: Picks = {"s0.width": 8, "s1.b0": first, "s1.b1": second, "s2.width": 24}
+            sources[first, second] = next(
                 source for position, _, _, source in supernet.path(picks) if position == 3
             )
-    # it comes from the same operator
-    assert found["ir_k3_e3", "ir_k3_e3"] == found["ir_k5_e3", "ir_k3_e3"]
-    assert len(set(found.values())) == 4
+    # both inputs come from the same operator
+    assert sources["ir_k3_e3", "ir_k3_e3"] == sources["ir_k5_e3", "ir_k3_e3"]
+    assert len(set(sources.values())) == 4
     x_NCHW = batch(space)[0].double()
     supernet = supernet.double()
     for picks in random_picks(space, 8):
@@ -160,7 +162,7 @@ def test_weights_per_operator_that_the_input_comes_from() -> None:
         )
 
 
-def test_a_slot_that_is_always_skipped_is_no_producer() -> None:
+def test_a_slot_that_is_always_skipped_is_not_a_producer() -> None:
     space = elastic_digits_space().restrict({"s1.b1": ["skip"]})
     supernet = supernet_of(space, SupernetConfig(sharing="separate", operation_on="edge"))
     assert [len(module.copies) for module in supernet.slots] == [1, 1, 1, 1, 2]

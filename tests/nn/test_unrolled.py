@@ -1,4 +1,4 @@
-"""The second-order gradient against closed forms and against autograd's own double backward."""
+"""The second-order gradient against closed forms and autograd's own double backward."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hwnas.nn.unrolled import unrolled_gate_gradients
+from hwnas.nn.unrolled import SGDStep, unrolled_gate_gradients
 
 LR, MOMENTUM, DECAY = 0.07, 0.9, 3e-2
 
 
 class Bilevel:
-    """L_train = sum_i g_i (w' A_i w / 2 + b_i' w), quadratic in w; L_val any smooth
-    function of w and g. Two weights, two gates.
+    """L_train = sum_i g_i (w' A_i w / 2 + b_i' w), quadratic in w; L_val is a
+    smooth function of w and g. Two weights, two gates.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -48,7 +48,7 @@ class Bilevel:
     def _flat(self, weights: Any) -> Tensor:
         return torch.cat([w.reshape(-1) for w in (self.weights if weights is None else weights)])
 
-    def judge(
+    def reference(
         self, decay: float, momentum: float, lr: float = LR
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The derivative through the virtual step by differentiating twice."""
@@ -73,13 +73,13 @@ def unrolled(problem: Bilevel, **overrides: Any) -> tuple[float, dict[str, Tenso
         "weight_decay": DECAY,
     } | overrides
     return unrolled_gate_gradients(
-        problem.train, problem.held_out, problem.weights, problem.gates, **options
+        problem.train, problem.held_out, problem.weights, problem.gates, SGDStep(**options)
     )
 
 
 def test_finite_difference_equals_the_mixed_derivative_on_a_quadratic() -> None:
-    """What the second order adds is -xi * (d2 L_train / dg dw) v, where d2 L_train /
-    dg_i dw = A_i w + b_i in closed form.
+    """The second order adds -xi * (d2 L_train / dg dw) v, where d2 L_train / dg_i dw =
+    A_i w + b_i in closed form.
     """
     problem = Bilevel()
     _, by_gate = unrolled(problem)
@@ -103,15 +103,15 @@ def test_against_double_backward(momentum: float, decay: float) -> None:
     for seed in range(3):
         problem = Bilevel(seed)
         loss, by_gate = unrolled(problem, momentum=momentum, weight_decay=decay)
-        expected_loss, expected = problem.judge(decay, momentum)
+        expected_loss, expected = problem.reference(decay, momentum)
         assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
         for key, gradient in expected.items():
             torch.testing.assert_close(by_gate[key], gradient, rtol=1e-9, atol=1e-9)
 
 
 def test_a_network_against_double_backward() -> None:
-    """Not quadratic: the finite difference is then of second order in eps, so it nearly
-    agrees. float32 as in a search.
+    """Not quadratic: the error of the finite difference is then of second order in eps,
+    so it nearly agrees. In float32, as in a search.
     """
     torch.manual_seed(0)
     x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
@@ -136,7 +136,7 @@ def test_a_network_against_double_backward() -> None:
         lambda g: forward(g, second, weights),
         weights,
         gates,
-        lr=2.0,
+        SGDStep(2.0),
     )
     leaf = gates["slot"].clone().requires_grad_()
     downhill = torch.autograd.grad(
@@ -155,7 +155,7 @@ def test_a_network_against_double_backward() -> None:
     )
 
 
-def test_zero_rate_is_the_first_order() -> None:
+def test_a_learning_rate_of_zero_gives_the_first_order() -> None:
     problem = Bilevel()
     loss, by_gate = unrolled(problem, lr=0.0)
     leaves = {key: gate.clone().requires_grad_() for key, gate in problem.gates.items()}
@@ -167,7 +167,7 @@ def test_zero_rate_is_the_first_order() -> None:
         assert torch.equal(gradient, found)
 
 
-def test_decay_of_every_weight_its_own() -> None:
+def test_every_weight_can_have_its_own_decay() -> None:
     problem = Bilevel()
     loss, _ = unrolled(problem, weight_decay=[DECAY, DECAY])
     assert loss == unrolled(problem)[0]
@@ -187,7 +187,7 @@ def _fails_at(call: int, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("call", [0, 1, 2, None])
 def test_weights_are_restored_bit_for_bit_and_gradients_untouched(call: int | None) -> None:
-    """Whichever of the passes on the training batch fails; None: none does."""
+    """Whichever pass on the training batch fails; None means that none does."""
     problem = Bilevel()
     for weight in problem.weights:
         weight.grad = torch.full_like(weight, 7.0)
@@ -201,9 +201,7 @@ def test_weights_are_restored_bit_for_bit_and_gradients_untouched(call: int | No
             problem.held_out,
             problem.weights,
             problem.gates,
-            lr=LR,
-            momentum_buffers=problem.buffers,
-            momentum=MOMENTUM,
+            SGDStep(LR, MOMENTUM, problem.buffers),
         )
 
     if call is None:
@@ -222,8 +220,10 @@ def test_weights_are_restored_bit_for_bit_and_gradients_untouched(call: int | No
     assert not problem.gates["a"].requires_grad
 
 
-def test_weights_that_are_not_executed_stay() -> None:
-    """No decay and no momentum for them; a gate that nothing depends on has gradient zero."""
+def test_weights_that_are_not_executed_stay_unchanged() -> None:
+    """They get no decay and no momentum; a gate that nothing depends on has gradient
+    zero.
+    """
     problem = Bilevel()
     idle = nn.Parameter(torch.ones(3, dtype=torch.float64))
     seen: list[Tensor] = []
@@ -238,10 +238,7 @@ def test_weights_that_are_not_executed_stay() -> None:
         held_out,
         [*problem.weights, idle],
         gates,
-        lr=LR,
-        momentum_buffers=[*problem.buffers, torch.ones(3, dtype=torch.float64)],
-        momentum=MOMENTUM,
-        weight_decay=DECAY,
+        SGDStep(LR, MOMENTUM, [*problem.buffers, torch.ones(3, dtype=torch.float64)], DECAY),
     )
     assert torch.equal(seen[0], torch.ones(3, dtype=torch.float64))
     assert torch.equal(by_gate["idle"], torch.zeros(2, dtype=torch.float64))
@@ -252,6 +249,6 @@ def test_weights_that_are_not_executed_stay() -> None:
 def test_a_held_out_loss_without_weights_has_no_second_order() -> None:
     problem = Bilevel()
     _, by_gate = unrolled_gate_gradients(
-        problem.train, lambda g: (g["a"] ** 2).sum(), problem.weights, problem.gates, lr=LR
+        problem.train, lambda g: (g["a"] ** 2).sum(), problem.weights, problem.gates, SGDStep(LR)
     )
     assert torch.equal(by_gate["a"], 2 * problem.gates["a"])

@@ -1,5 +1,5 @@
-"""The report of a comparison of methods: its tables, its strips, what failed, and that
-nothing is missed that a study does not make.
+"""The report of a comparison of methods: its tables, strips and failures, and that it
+does not miss anything that such a study never has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hwnas.study import metrics
 from hwnas.study.compare import report_lines
 from hwnas.study.documents import (
     CompareStudy,
-    Estimate,
+    IntervalEstimate,
     MethodResult,
     PairwiseResult,
     RandomSearch,
@@ -33,7 +33,7 @@ RANKS = {"spos": (12, 40, 7), "random": (300, 40, 150)}
 
 
 def method(name: str, ranks: tuple[int, ...], **changes: Any) -> MethodResult:
-    found = tuple(
+    outcomes = tuple(
         SearchOutcome(
             seed=seed, name=f"{rank:08}", picks={}, macs=50_000_000, accuracy=0.93 - rank / 1e4, rank=rank, regret=rank / 1e4,
             supernet_quality=0.5, cost=SearchCost(macs=10**15, training_images=1000, evaluated=8), cpu_seconds=61.0 if seed else None,
@@ -42,21 +42,22 @@ def method(name: str, ranks: tuple[int, ...], **changes: Any) -> MethodResult:
     )  # fmt: skip
     middle = float(np.median(ranks))
     content = MethodResult(
-        name=name, strategy=name, found=found, rank=middle, accuracy=0.93 - middle / 1e4, regret=middle / 1e4, cost=1.25,
+        name=name, strategy=name, found=outcomes, rank=middle, accuracy=0.93 - middle / 1e4, regret=middle / 1e4, cost=1.25,
         equal=RandomSearch(trainings=2, rank=130.0, accuracy=0.917, ranks=(20, 55, 117, 200, 274)),
-        p_better_than_one=Estimate(value=0.9, low=0.81, high=0.97), p_better_than_random=Estimate(value=0.75, low=0.6, high=0.9),
+        p_better_than_one=IntervalEstimate(value=0.9, low=0.81, high=0.97),
+        p_better_than_random=IntervalEstimate(value=0.75, low=0.6, high=0.9),
     )  # fmt: skip
     return content.model_copy(update=changes)
 
 
 def make_study(**changes: Any) -> CompareStudy:
     spos, random = (method(name, ranks) for name, ranks in RANKS.items())
-    a, b = (np.array([row.accuracy for row in each.found]) for each in (spos, random))
+    a, b = (np.array([row.accuracy for row in result.found]) for result in (spos, random))
     won = metrics.wins(a, b)
     pair = PairwiseResult(
         first="random",
         second="spos",
-        beats=Estimate(value=1 - won.mean(), low=0.0, high=0.4),
+        beats=IntervalEstimate(value=1 - won.mean(), low=0.0, high=0.4),
         p_value=metrics.mann_whitney(b, a),
     )
     study = CompareStudy(
@@ -73,12 +74,12 @@ def test_a_study_of_version_1_is_read() -> None:
     study = make_study()
     content = json.loads(study.to_json())
     content["schema"], content["duels"] = "hwnas.compare-study/1", content.pop("pairwise")
-    for one in content["methods"]:
-        one["beats_one"], one["beats_equal"] = (
-            one.pop("p_better_than_one"),
-            one.pop("p_better_than_random"),
+    for row in content["methods"]:
+        row["beats_one"], row["beats_equal"] = (
+            row.pop("p_better_than_one"),
+            row.pop("p_better_than_random"),
         )
-        for outcome in one["found"]:
+        for outcome in row["found"]:
             outcome["cost"]["judged"] = outcome["cost"].pop("evaluated")
     assert CompareStudy.parse(json.dumps(content)) == study
 
@@ -116,7 +117,7 @@ def test_a_comparison_has_its_strips_and_its_tables(tmp_path: Path) -> None:
     assert "Latency: batch 1" not in page.text and "MACs: multiply-accumulates" in page.text
 
 
-def test_the_best_median_comes_first_and_duels_are_seen_from_both_sides() -> None:
+def test_the_best_median_comes_first_and_pairs_are_shown_from_both_sides() -> None:
     study = make_study()
     assert [row.name for row in comparing.method_rows(study)] == ["spos", "random"]
     spos, random = comparing.pairwise_rows(study)
@@ -126,7 +127,7 @@ def test_the_best_median_comes_first_and_duels_are_seen_from_both_sides() -> Non
     assert float(spos.cells[1][0]) == round(8.5 / 9, 2)
 
 
-def test_what_failed_is_shown(tmp_path: Path) -> None:
+def test_failures_are_shown(tmp_path: Path) -> None:
     lost = MethodResult(name="darts", strategy="darts", found=(), failed={"1": "the loss is <nan>"})
     study = make_study(methods=(*make_study().methods, lost))
     page = Page(written(tmp_path / "run", study))
@@ -136,18 +137,18 @@ def test_what_failed_is_shown(tmp_path: Path) -> None:
     assert comparing.ranks(make_study(methods=(lost,), pairwise=())) is None
 
 
-def test_the_lines_say_what_was_found() -> None:
-    said = report_lines(make_study())
-    assert said[0].startswith(
+def test_the_printed_lines_state_the_results() -> None:
+    printed = report_lines(make_study())
+    assert printed[0].startswith(
         "400 of 6561 architectures are in the budget of 49.09 to 60 M MACs; the best, 22212202, has"
         " 93.13%"
     )
-    assert said[1].startswith(
+    assert printed[1].startswith(
         "spos: median true rank 12 of 400 (by seed: 12, 40, 7), 92.88%; beats a random architecture"
         " with probability 0.90"
     )
     assert (
-        "random search by 2 trainings (its cost: 1.25) with probability 0.75 (0.60 to 0.90)"
-        in said[1]
+        "random search by 2 training runs (its cost: 1.25) with probability 0.75 (0.60 to 0.90)"
+        in printed[1]
     )
-    assert said[3] == "random beats spos with probability 0.06 (0.00 to 0.40), p = 0.2"
+    assert printed[3] == "random beats spos with probability 0.06 (0.00 to 0.40), p = 0.2"

@@ -1,5 +1,5 @@
-"""The page in a real browser, at the width of a desk and of a phone: nothing is cut
-off, and no table has to be scrolled.
+"""Pages in a real browser, as wide as on a desktop and on a phone: nothing is cut off,
+and no table has to be scrolled.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ addEventListener("load", () => {
 
 
 def detector_run(root: Path, classes: int = 80) -> StageContext:
-    """A detector of many classes, all six files of it, validated, and a validation curve."""
+    """The run of a detector with many classes, all six files validated, and a
+    validation curve.
+    """
     ctx = fill_detection(root)
     names = [
         f"class {number} {'of a long name ' * (number % 3)}".strip() for number in range(classes)
@@ -90,14 +92,14 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
     JsonLines(ctx.path("train", "validation.jsonl")).rewrite(points)
     files, verdicts = [], []
     for kind in (*FORMATS, *NMS_FORMATS):
-        made = target(kind)
-        name, runtime, dtype = made.file, made.runtime, made.dtype
+        file_kind = target(kind)
+        name, runtime, dtype = file_kind.file, file_kind.runtime, file_kind.dtype
         parity = Parity(images=8, relative_error=0.0313, agreement=0.984)
         common = {"name": name, "runtime": runtime, "dtype": dtype}
         size = {"format": kind, "size_bytes": 4_123_456, "sha256": "0" * 64, "parity": parity}
         files.append(BundleFile.model_validate({**common, **size}))
         times: dict[str, Any] = {"app_post_processing_ms": 0.301, "post_processing_ms": 6.52}
-        if made.graph != "decoded":
+        if file_kind.graph != "decoded":
             times = {"app_ms": 2.41, "timed_on": "test image"}
         verdicts.append(FileVerdict.model_validate({
             **common, **times, "runtime_version": "2.0", "measured_ms": 12.53, "spread": 0.012, "predicted_ms": 12.1,
@@ -121,7 +123,7 @@ def detector_run(root: Path, classes: int = 80) -> StageContext:
 
 
 def classifier_run(root: Path) -> StageContext:
-    """A whole run of a classifier, with a validation curve."""
+    """A complete run of a classifier, with a validation curve."""
     ctx = fill(root, experiment())
     points = [
         {"step": 50 * i, "epoch": float(i), "images": 360, "test_accuracy": 0.98 - 0.5 / i**2}
@@ -132,7 +134,7 @@ def classifier_run(root: Path) -> StageContext:
 
 
 def pages(root: Path) -> dict[str, str]:
-    """A page of every kind, each as full as it gets."""
+    """A page of every kind, each with all that it can have."""
     shrink = root / "shrink" / "shrink"
     shrink.mkdir(parents=True)
     test_shrinking.make_study().save(shrink / "shrink.json")
@@ -143,10 +145,10 @@ def pages(root: Path) -> dict[str, str]:
     several = tuple(
         test_comparing.method(name, (12, 40, 7 + number)) for number, name in enumerate(METHODS)
     )
-    pairs = [(one, other) for i, one in enumerate(METHODS) for other in METHODS[i + 1 :]]
+    pairs = [(first, second) for i, first in enumerate(METHODS) for second in METHODS[i + 1 :]]
     [pair] = test_comparing.make_study().pairwise
     pairwise = tuple(
-        pair.model_copy(update={"first": one, "second": other}) for one, other in pairs
+        pair.model_copy(update={"first": first, "second": second}) for first, second in pairs
     )
     comparison = test_comparing.make_study(methods=several, pairwise=pairwise)
     return {
@@ -159,8 +161,8 @@ def pages(root: Path) -> dict[str, str]:
 
 
 def measured(page: str, width: int, folder: Path) -> dict[str, Any]:
-    """What is too wide in a window of ``width``. In a frame, for headless windows are
-    500 px wide at least.
+    """What is too wide in a window of ``width``. The window is a frame, as headless
+    windows are at least 500 px wide.
     """
     (folder / "page.html").write_text(page.replace("</body>", MEASURE + "</body>"))
     (folder / "frame.html").write_text(
@@ -185,9 +187,9 @@ def measured(page: str, width: int, folder: Path) -> dict[str, Any]:
         (folder / "frame.html").as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=180)
-    [found] = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
-    assert found, "the page has measured nothing"
-    content: dict[str, Any] = json.loads(html.unescape(found))
+    [message] = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
+    assert message, "the page did not measure anything"
+    content: dict[str, Any] = json.loads(html.unescape(message))
     assert content["width"] == width
     return content
 
@@ -195,18 +197,22 @@ def measured(page: str, width: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
 def test_no_table_is_cut_off(tmp_path: Path) -> None:
-    """Not on a desk, not on a phone. On a phone drawings alone scroll, in frames that show it."""
+    """Neither on a desktop nor on a phone. On a phone only drawings scroll, in frames
+    that show it.
+    """
     for name, page in pages(tmp_path).items():
         for width in WIDTHS:
             content = measured(page, width, tmp_path)
             assert content["tables"] > 1, name
-            wrong = [each for each in content["found"] if width > 1000 or not each["figure"]]
+            wrong = [
+                element for element in content["found"] if width > 1000 or not element["figure"]
+            ]
             assert wrong == [], (name, width)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
-def test_what_is_cut_off_would_be_found(tmp_path: Path) -> None:
+def test_a_table_that_is_cut_off_would_be_found(tmp_path: Path) -> None:
     table = (
         "<div class='scroll'><table><tr><td style='white-space:nowrap'>"
         + "wide " * 200
@@ -217,20 +223,20 @@ def test_what_is_cut_off_would_be_found(tmp_path: Path) -> None:
         1280,
         tmp_path,
     )
-    assert [(each["tag"], each["figure"]) for each in content["found"]] == [("DIV", False)]
+    assert [(element["tag"], element["figure"]) for element in content["found"]] == [("DIV", False)]
 
 
 @pytest.mark.slow
-def test_ap_of_every_class_is_open(tmp_path: Path) -> None:
+def test_the_ap_of_every_class_is_visible(tmp_path: Path) -> None:
     text = written(detector_run(tmp_path / "run"))
     closed = "".join(re.findall(r"<details.*?</details>", text, flags=re.DOTALL))
-    found = re.findall(r"<li><span>(class \d+)[^<]*</span><span>([\d.]+)%</span></li>", text)
-    assert len(found) == 80 and "class 79" not in closed
-    values = [float(value) for _, value in found]
+    rows = re.findall(r"<li><span>(class \d+)[^<]*</span><span>([\d.]+)%</span></li>", text)
+    assert len(rows) == 80 and "class 79" not in closed
+    values = [float(value) for _, value in rows]
     assert values == sorted(values, reverse=True) and values[0] == pytest.approx(98.8)
 
 
-def test_post_processing_at_both_thresholds(tmp_path: Path) -> None:
+def test_post_processing_is_shown_at_both_thresholds(tmp_path: Path) -> None:
     page = Page(written(detector_run(tmp_path / "run")))
     text = " ".join(page.text.split())
     assert (

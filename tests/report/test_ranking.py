@@ -1,9 +1,10 @@
-"""The report of a ranking study: its table, its scatter plots, what failed, and that
-nothing is missed that a study does not make.
+"""The report of a ranking study: its table, scatter plots and failures, and that it
+does not miss anything that such a study never has.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from hwnas.core.spaces import mobile32
 from hwnas.report import ranking, stage
 from hwnas.runs import StageContext, StageManifest
 from hwnas.study.documents import (
-    Estimate,
     Gap,
+    IntervalEstimate,
+    MeanStd,
     Point,
     RankStudy,
     ScoreResult,
-    Spread,
     SupernetResult,
     TruthInfo,
 )
@@ -42,8 +43,12 @@ def make_study(seeds: tuple[int, ...] = (0,), **changes: Any) -> RankStudy:
     for name, score in scores.items():
         per_supernet = tuple(estimates(config, score, truth, scores["macs"]) for _ in seeds)
         std = 0.012 if len(seeds) > 1 else None
-        spread = {metric: Spread(mean=per_supernet[0][metric].value, std=std) for metric in METRICS}
-        results.append(ScoreResult(name=name, supernets=per_supernet, spread=spread))
+        over_supernets = {
+            metric: MeanStd(mean=per_supernet[0][metric].value, std=std) for metric in METRICS
+        }
+        results.append(
+            ScoreResult(name=name, supernets=per_supernet, over_supernets=over_supernets)
+        )
     points = [
         Point(
             name=str(i),
@@ -58,10 +63,23 @@ def make_study(seeds: tuple[int, ...] = (0,), **changes: Any) -> RankStudy:
         truth=TruthInfo(file="truth.csv", sha256="0", networks=6561, repeats=3, columns=("acc1",), kendall=0.881, kendall_top=0.185),
         confidence=0.95, recalibration_images=512, evaluation_images=1000, scores=tuple(results), points=tuple(points),
         supernets=tuple(
-            SupernetResult(seed=seed, strategy="spos", sha256="0", scored=40, gap=Gap(supernet=0.56, alone=0.87)) for seed in seeds
+            SupernetResult(seed=seed, strategy="spos", sha256="0", scored=40, gap=Gap(supernet=0.56, standalone=0.87)) for seed in seeds
         ),
     )  # fmt: skip
     return study.model_copy(update=changes)
+
+
+def test_a_study_of_version_1_is_read() -> None:
+    study = make_study((0, 1))
+    content = json.loads(study.to_json())
+    content["schema"] = "hwnas.rank-study/1"
+    for supernet in content["supernets"]:
+        supernet["gap"]["alone"] = supernet["gap"].pop("standalone")
+    content["supernets"][1]["gap"] = None
+    for score in content["scores"]:
+        score["spread"] = score.pop("over_supernets")
+    supernets = (study.supernets[0], study.supernets[1].model_copy(update={"gap": None}))
+    assert RankStudy.parse(json.dumps(content)) == study.model_copy(update={"supernets": supernets})
 
 
 def written(root: Path, study: RankStudy) -> str:
@@ -97,7 +115,9 @@ def test_a_study_has_its_table_and_a_plot_per_score(tmp_path: Path) -> None:
     assert "Latency: batch 1" not in page.text and "MACs: multiply-accumulates" in page.text
 
 
-def test_the_best_score_comes_first_and_several_supernets_show_their_spread(tmp_path: Path) -> None:
+def test_the_best_score_comes_first_and_several_supernets_show_their_deviation(
+    tmp_path: Path,
+) -> None:
     study = make_study((0, 1))
     rows = ranking.score_rows(study.model_copy(update={"scores": study.scores[::-1]}))
     assert [row.name for row in rows] == ["accuracy", "macs"]
@@ -108,7 +128,7 @@ def test_the_best_score_comes_first_and_several_supernets_show_their_spread(tmp_
     ]
 
 
-def test_what_failed_is_shown(tmp_path: Path) -> None:
+def test_failures_are_shown(tmp_path: Path) -> None:
     study = make_study(failed_trainings={"7": "the loss is <nan>"})
     supernets = (study.supernets[0].model_copy(update={"failed": {"00000000": "out of memory"}}),)
     page = Page(written(tmp_path / "run", study.model_copy(update={"supernets": supernets})))
@@ -117,13 +137,13 @@ def test_what_failed_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, -0.25])
-def test_undefined_and_negative_numbers(value: float | None) -> None:
+def test_undefined_and_negative_numbers_are_shown(value: float | None) -> None:
     study = make_study()
-    estimate = Estimate(value=value)
+    estimate = IntervalEstimate(value=value)
     changed = ScoreResult(
         name="macs",
         supernets=(dict.fromkeys(METRICS, estimate),),
-        spread={metric: Spread(mean=value) for metric in METRICS},
+        over_supernets={metric: MeanStd(mean=value) for metric in METRICS},
     )
     study = study.model_copy(update={"scores": (changed,)})
     shown = ranking.score_rows(study)[0].cells[0]
@@ -131,15 +151,17 @@ def test_undefined_and_negative_numbers(value: float | None) -> None:
     assert len(ranking.scatters(study)) == 1
 
 
-def test_a_study_of_before_is_shown_without_the_metric_that_it_lacks() -> None:
+def test_an_earlier_study_is_shown_without_the_metric_that_it_lacks() -> None:
     full = make_study().scores[0]
     older = full.model_copy(
         update={
             "supernets": tuple(
-                {name: value for name, value in each.items() if name != "over_macs"}
-                for each in full.supernets
+                {name: value for name, value in by_metric.items() if name != "over_macs"}
+                for by_metric in full.supernets
             ),
-            "spread": {name: value for name, value in full.spread.items() if name != "over_macs"},
+            "over_supernets": {
+                name: value for name, value in full.over_supernets.items() if name != "over_macs"
+            },
         }
     )
     rows = ranking.score_rows(make_study(scores=(older,)))

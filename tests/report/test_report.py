@@ -1,4 +1,4 @@
-"""The report of a run folder whose documents are made here, in code."""
+"""The report of a run folder whose documents are created here, in code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hwnas.config import FORMATS, DataConfig, Experiment, ValidateConfig
-from hwnas.core.arch import Architecture, Placed
+from hwnas.core.arch import Architecture, Position
 from hwnas.core.calibration import held_out_errors
 from hwnas.core.caution import Caution
 from hwnas.core.cost import CostModel
@@ -37,7 +37,7 @@ from hwnas.report.charts import smoothed
 from hwnas.report.documents import read
 from hwnas.report.style import DARK, LIGHT
 from hwnas.runs import JsonLines, StageContext, StageManifest
-from hwnas.search.learning import Course, Learning, Ranking, learning_of
+from hwnas.search.learning import Learning, Ranking, TrainingLog, learning_of
 from hwnas.search.result import Candidate, SearchResult
 from hwnas.task import Parity
 from hwnas.tasks.pictures import Box, Picture, Pictures
@@ -49,7 +49,7 @@ VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Tags must close in order; ids, addresses and headings are collected."""
+    """A parsed page: tags must close in order; ids, addresses and text are kept."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -132,17 +132,17 @@ def make_search(space: MacroSpace, table: LatencyTable) -> SearchResult:
     target = low + 0.35 * (high - low)
 
     def candidates(count: int, quality: float) -> tuple[Candidate, ...]:
-        found: list[Candidate] = []
-        while len(found) < count:
+        accepted: list[Candidate] = []
+        while len(accepted) < count:
             picks = space.sample(rng)
             latency = cost.cost(picks)
             if abs(latency / target - 1) < 0.02:
                 accuracy = float(rng.normal(quality, 0.008))
                 reward = accuracy - abs(latency / target - 1) / 10
-                found.append(
+                accepted.append(
                     Candidate(picks=picks, predicted=latency, quality=accuracy, reward=reward)
                 )
-        return tuple(sorted(found, key=lambda candidate: -candidate.reward))
+        return tuple(sorted(accepted, key=lambda candidate: -candidate.reward))
 
     return SearchResult(
         strategy="tunas", space_sha256=space.sha256, objective=AbsoluteObjective(), tolerance=0.02, target=target,
@@ -177,7 +177,7 @@ def search_rows(target: float, steps: int) -> list[dict[str, float]]:
 
 
 def in_words(data: DataConfig) -> Preprocessing:
-    """As a plug-in's data have it."""
+    """A description in words only, as for a plug-in's data."""
     return Preprocessing(
         resolution=data.resolution,
         channels=data.channels,
@@ -190,8 +190,8 @@ def in_words(data: DataConfig) -> Preprocessing:
 def make_bundle(config: Experiment, arch: Architecture) -> Bundle:
     files = []
     for kind in FORMATS:
-        made = target(kind)
-        name, runtime, dtype = made.file, made.runtime, made.dtype
+        file_kind = target(kind)
+        name, runtime, dtype = file_kind.file, file_kind.runtime, file_kind.dtype
         int8 = dtype == "int8"
         parity = Parity(
             images=64, relative_error=0.031 if int8 else 4.1e-7, agreement=0.984 if int8 else 1.0
@@ -222,11 +222,11 @@ def make_verdict(bundle: Bundle, predicted: float, *, passed: bool = True) -> Ve
     for file, factor, loss in zip(
         bundle.files, (1.012, 0.6, 0.9), (0.0, 0.0055 if passed else 0.031, 0.0), strict=True
     ):
-        judged = file.name == "model-fp32.tflite"
+        has_prediction = file.name == "model-fp32.tflite"
         files.append(FileVerdict(
             name=file.name, runtime=file.runtime, runtime_version="2.0", dtype=file.dtype, measured_ms=predicted * factor, spread=0.011,
-            predicted_ms=predicted if judged else None, latency_error=factor - 1 if judged else None,
-            latency_passed=True if judged else None, parity_passed=None, metrics={"accuracy": 0.9806 - loss}, loss=loss,
+            predicted_ms=predicted if has_prediction else None, latency_error=factor - 1 if has_prediction else None,
+            latency_passed=True if has_prediction else None, parity_passed=None, metrics={"accuracy": 0.9806 - loss}, loss=loss,
             quality_passed=loss < 0.02,
         ))  # fmt: skip
     return Verdict(
@@ -331,7 +331,7 @@ def test_a_full_run_has_every_section_in_order(full: str) -> None:
         assert words in page.text
 
 
-def test_the_file_stands_alone(full: str) -> None:
+def test_the_file_is_self_contained(full: str) -> None:
     page = Page(full)
     assert all(address.startswith("#") for address in page.addresses)
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
@@ -341,10 +341,10 @@ def test_the_file_stands_alone(full: str) -> None:
         and "@import" not in full
         and "@font-face" not in full
     )
-    assert full.count("<style") == 1  # matplotlib's own would rule the page
+    assert full.count("<style") == 1  # matplotlib's own would apply to the whole page
 
 
-def test_ids_are_unique_and_found(full: str) -> None:
+def test_ids_are_unique_and_references_resolve(full: str) -> None:
     page = Page(full)
     assert len(set(page.ids)) == len(page.ids)
     used = {
@@ -382,7 +382,7 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path, full: str) -> No
         ("export", SECTIONS, ["validate"]),
     ],
 )
-def test_a_partial_run_shows_what_there_is_and_names_what_is_missing(
+def test_a_partial_run_shows_what_exists_and_names_what_is_missing(
     tmp_path: Path, until: str, expected: list[str], missing: list[str]
 ) -> None:
     page = Page(written(fill(tmp_path / "run", experiment(), until=until)))
@@ -417,10 +417,10 @@ NOTHING = Caution(
 
 @pytest.mark.slow
 def test_a_search_that_learned_nothing_has_no_green_badge(tmp_path: Path) -> None:
-    """Whether the verdict says so, or, where an earlier hwnas validated, the search alone."""
-    for told in ("verdict", "search"):
-        ctx = fill(tmp_path / told, experiment())
-        if told == "verdict":
+    """Whether the verdict says so or, if an earlier hwnas validated, the search."""
+    for source in ("verdict", "search"):
+        ctx = fill(tmp_path / source, experiment())
+        if source == "verdict":
             path = ctx.path("validate", "verdict.json")
             Verdict.load(path).model_copy(update={"warnings": (NOTHING,)}).save(path)
         else:
@@ -450,17 +450,19 @@ def test_a_network_that_guesses_has_no_green_badge(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_found_against_random_concludes(tmp_path: Path) -> None:
-    """In the sentence of hwnas.search.learning, with what flatters a policy beside it."""
+def test_proposals_are_compared_with_random_networks_in_a_sentence(tmp_path: Path) -> None:
+    """That of hwnas.search.learning; a policy's advantage is mentioned beside it."""
     ctx = fill(tmp_path, experiment())
     path = ctx.path("search", "search.json")
     search = SearchResult.load(path)
-    assert "of the same latency" not in written(ctx)  # of before there was a conclusion
-    qualities = ([each.quality for each in group] for group in (search.candidates, search.random))
+    assert "of the same latency" not in written(ctx)  # from before there was such a sentence
+    qualities = (
+        [candidate.quality for candidate in group] for group in (search.candidates, search.random)
+    )
     ranking = Ranking(
         "accuracy", *qualities, images=360, evaluation_images=360, evaluated=0, chance=0.1
     )
-    for course in (None, Course(search_rows(search.target, 800), "rl_lr", 2.3)):
+    for course in (None, TrainingLog(search_rows(search.target, 800), "rl_lr", 2.3)):
         learning = learning_of(course, ranking)
         if course is None:
             learning = learning_of(None, replace(ranking, evaluated=30))
@@ -480,7 +482,10 @@ def test_a_loss_is_not_written_as_a_percentage(tmp_path: Path) -> None:
     search = SearchResult.load(path).model_copy(update={"metric": "1 / (1 + loss)"})
     search.save(path)
     page = Page(text := written(ctx))
-    best, mean = search.candidates[0].quality, np.mean([each.quality for each in search.random])
+    best, mean = (
+        search.candidates[0].quality,
+        np.mean([candidate.quality for candidate in search.random]),
+    )
     assert (
         f"Chosen: {best:.3f} at" in page.text and f"same budget: {mean:.3f} on average" in page.text
     )
@@ -500,7 +505,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_documents_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
+def test_documents_that_do_not_belong_together_are_reported(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     space = small_space()
     space.decode(space.sample(np.random.default_rng(9)), "other").save(
@@ -511,10 +516,10 @@ def test_documents_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
         json.dumps({**search, "table_sha256": "0" * 64})
     )
     text = Page(written(ctx)).text
-    assert "files hold an earlier architecture" in text and "different latency table" in text
+    assert "files contain an earlier architecture" in text and "different latency table" in text
 
 
-def test_a_published_network_needs_no_search_and_no_prices(tmp_path: Path) -> None:
+def test_a_published_network_needs_no_search_and_no_table(tmp_path: Path) -> None:
     config = experiment(train={"arch": "mobilenet_v2"})
     arch = published("mobilenet_v2", resolution=96, classes=10)
     make_bundle(config, arch).save(tmp_path / "export" / "bundle.json")
@@ -527,18 +532,24 @@ def test_skipped_slots_keep_their_place_in_the_drawing(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     space = small_space()
     documents = read(ctx, space, tmp_path / "profile" / "table.json")
-    places = documents.places()
+    positions = documents.positions()
     assert documents.arch is not None
-    assert [place.slot for place in places] == [*(slot.key for slot in space.slots), "classifier"]
-    assert tuple(place.op for place in places if place.op is not None) == documents.arch.ops()
-    assert len(places) > len(documents.arch.ops()), (
+    assert [position.slot for position in positions] == [
+        *(slot.key for slot in space.slots),
+        "classifier",
+    ]
+    assert (
+        tuple(position.op for position in positions if position.op is not None)
+        == documents.arch.ops()
+    )
+    assert len(positions) > len(documents.arch.ops()), (
         "the fixture's architecture should skip something"
     )
 
 
 def fill_detection(root: Path) -> StageContext:
-    """A run folder of a detector that was trained and not exported, its pictures of
-    plain images.
+    """The run folder of a detector that was trained but not exported, with pictures of
+    uniform colour.
     """
     config = experiment(
         task="detect",
@@ -583,10 +594,12 @@ def fill_detection(root: Path) -> StageContext:
     for number in range(5):
         buffer = io.BytesIO()
         Image.new("RGB", (64, 48 + 8 * number), (40 * number, 80, 120)).save(buffer, "JPEG")
-        found = (cat.model_copy(update={"score": 0.875, "label": "dog"}),) * (number > 0)
+        detected = (cat.model_copy(update={"score": 0.875, "label": "dog"}),) * (number > 0)
         shown.append(
             Picture(
-                jpeg=base64.b64encode(buffer.getvalue()), truth=(cat,) * (number != 2), found=found
+                jpeg=base64.b64encode(buffer.getvalue()),
+                truth=(cat,) * (number != 2),
+                found=detected,
             )
         )
     Pictures(pictures=tuple(shown)).save(root / "train" / "pictures.json")
@@ -637,14 +650,14 @@ def test_a_detector_has_its_ap_and_pictures_instead_of_top_1(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [0.004, 0.031])
 def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
-    """One file without NMS in its graph and one with it; the second is as given."""
+    """One file without NMS in its graph, and one with it, which loses ``loss``."""
     ctx = fill_detection(tmp_path / "boxes")
     arch = Architecture.load(ctx.path("train", "arch.json"))
     parity = Parity(images=8, relative_error=2.3e-7, agreement=0.75)
     files, verdicts = [], []
     for kind, lost, ms in (("tflite-fp32", 0.0, 0.25), ("tflite-int8-tasks", loss, None)):
-        made = target(kind)
-        name, runtime, dtype = made.file, made.runtime, made.dtype
+        file_kind = target(kind)
+        name, runtime, dtype = file_kind.file, file_kind.runtime, file_kind.dtype
         common = {"name": name, "runtime": runtime, "dtype": dtype}
         files.append(
             BundleFile.model_validate(
@@ -685,7 +698,7 @@ def test_the_verdict_of_a_detector(loss: float, tmp_path: Path) -> None:
 
 
 def test_boxes_are_drawn_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In pixels of each image, of which the last place of the grid has none."""
+    """In pixels of each image. The last places of the grid have no image."""
     drawn: list[Figure] = []
     monkeypatch.setattr(pictures, "inline_svg", lambda figure, *_: drawn.append(figure))
     shown = Pictures.load(fill_detection(tmp_path).path("train", "pictures.json")).pictures
@@ -695,8 +708,8 @@ def test_boxes_are_drawn_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ]
     box = [[6.4, 0.05 * height, 38.4, 0.8 * height] for height in (48, 56, 64, 72, 80)]
     assert corners == [
-        np.round(one, 1).tolist()
-        for one in ([box[0]], [box[1]] * 2, [box[2]], [box[3]] * 2, [box[4]] * 2, [], [], [])
+        np.round(boxes, 1).tolist()
+        for boxes in ([box[0]], [box[1]] * 2, [box[2]], [box[3]] * 2, [box[4]] * 2, [], [], [])
     ]
 
 
@@ -715,9 +728,9 @@ def test_a_detector_that_is_still_in_training(tmp_path: Path) -> None:
 def test_every_kind_of_block_can_be_drawn() -> None:
     for name in ("mobilenet_v3_small", "ssdlite320_mobilenet_v3_large"):
         arch = published(name)
-        places = tuple(Placed.of(f"block {i}", op) for i, op in enumerate(arch.ops()))
+        positions = tuple(Position.of(f"block {i}", op) for i, op in enumerate(arch.ops()))
         assert (
-            ">pool<" in drawing.architecture(places, [None] * len(places))
+            ">pool<" in drawing.architecture(positions, [None] * len(positions))
             or arch.detector is not None
         )
 
@@ -736,15 +749,15 @@ def test_both_themes_have_every_colour_and_no_two_share_one() -> None:
 
 def test_long_curves_stay_small_and_keep_their_spikes() -> None:
     rows: list[dict[str, Any]] = [{"step": i, "loss": 1.0 + (i == 77_777)} for i in range(100_000)]
-    svg = charts.course("loss", "loss", rows, [charts.Series("loss", "loss")])
+    svg = charts.plot_curves("loss", "loss", rows, [charts.Series("loss", "loss")])
     assert svg is not None and len(svg) < 80_000
-    assert charts.course("reward", "reward", rows, [charts.Series("reward", "reward")]) is None
+    assert charts.plot_curves("reward", "reward", rows, [charts.Series("reward", "reward")]) is None
 
 
-def test_a_large_space_can_be_drawn() -> None:
+def test_a_large_network_can_be_drawn() -> None:
     arch = published("mnasnet_b1")
-    places = tuple(Placed.of(f"block {i}", op) for i, op in enumerate(arch.ops()))
-    svg = drawing.architecture(places, [None] * len(places))
+    positions = tuple(Position.of(f"block {i}", op) for i, op in enumerate(arch.ops()))
+    svg = drawing.architecture(positions, [None] * len(positions))
     assert ">1280<" in svg and "latency" not in svg
 
 

@@ -1,4 +1,4 @@
-"""The report of a shrinking: its table, its figure, and what it says without a ground truth."""
+"""The report of a shrinking study: its table and figure, with and without a truth."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def make_study(truth: bool = True) -> ShrinkStudy:
     if not truth:
         return study
     by_angle = (left(6561, 0.90, 1), left(1944, 0.91, 0.75), left(576, 0.92, 0.5))
-    by_luck = (left(6561, 0.90, 1), left(1944, 0.89, 0.25), Remaining(networks=0))
+    by_chance = (left(6561, 0.90, 1), left(1944, 0.89, 0.25), Remaining(networks=0))
     curves = (
         ShrinkCurve(name="angle", remaining=by_angle, operator_kendall=(0.5, -0.25)),
-        ShrinkCurve(name="random", remaining=by_luck, operator_kendall=(None, None)),
+        ShrinkCurve(name="random", remaining=by_chance, operator_kendall=(None, None)),
     )
     return study.model_copy(
         update={
@@ -77,7 +77,7 @@ def make_study(truth: bool = True) -> ShrinkStudy:
 
 
 def test_the_rows_in_words() -> None:
-    angle, random, luck, truth = shrinking.rows(make_study())
+    angle, random, chance, truth = shrinking.rows(make_study())
     assert (angle.sizes, angle.means) == ("6,561 → 1,944 → 576", "90.00 → 91.00 → 92.00")
     assert angle.dropped == "1/2, 1/2"
     assert (angle.rises, angle.best_tenth, angle.best, angle.kendall) == (
@@ -87,9 +87,9 @@ def test_the_rows_in_words() -> None:
         "+0.50, −0.25",
     )
     assert (random.rises, random.best_tenth, random.kendall) == ("0 of 2", "–", "–, –")
-    assert luck.means == "90.00 → 90.10 (89.00 to 91.00)"
+    assert chance.means == "90.00 → 90.10 (89.00 to 91.00)"
     assert truth.rises == "yes"
-    assert [row.name for row in (angle, random, luck, truth)] == [
+    assert [row.name for row in (angle, random, chance, truth)] == [
         "angle",
         "random (one run)",
         "chance",

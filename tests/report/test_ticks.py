@@ -1,5 +1,5 @@
-"""Tick labels of axes over ranges of all magnitudes: no two alike, each what it stands
-for, none longer than it has to be.
+"""Tick labels of axes over ranges of all magnitudes: no two are equal, each is close to
+its tick's value, and none is longer than necessary.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ def value_of(label: str) -> float:
 
 @pytest.mark.parametrize("unit", ["", "%"])
 @pytest.mark.parametrize(("low", "high"), RANGES)
-def test_labels_differ_and_are_what_they_stand_for(low: float, high: float, unit: str) -> None:
-    ticks, found = labels(low, high, Ticks("%") if unit else None)
-    assert len(found) == len(ticks) >= 3, "and nothing in a corner, such as +9.61e1"
-    assert len(set(found)) == len(found)
+def test_labels_differ_and_are_close_to_their_ticks(low: float, high: float, unit: str) -> None:
+    ticks, shown = labels(low, high, Ticks("%") if unit else None)
+    assert len(shown) == len(ticks) >= 3, "nothing is in a corner, such as +9.61e1"
+    assert len(set(shown)) == len(shown)
     distance = ticks[1] - ticks[0]
-    np.testing.assert_allclose([value_of(label) for label in found], ticks, atol=0.01 * distance)
-    assert all(label.endswith(unit) for label in found)
-    _, _, decimals = found[-1].removesuffix("%").partition("×")[0].partition(".")
-    if decimals:  # one digit less would be wrong for a tick
+    np.testing.assert_allclose([value_of(label) for label in shown], ticks, atol=0.01 * distance)
+    assert all(label.endswith(unit) for label in shown)
+    _, _, decimals = shown[-1].removesuffix("%").partition("×")[0].partition(".")
+    if decimals:  # with one digit less, some label would be wrong
         power = 10.0 ** (
             np.log10(
-                abs(value_of(found[-1]))
-                / abs(float(found[-1].removesuffix("%").partition("×")[0].replace(",", "")))
+                abs(value_of(shown[-1]))
+                / abs(float(shown[-1].removesuffix("%").partition("×")[0].replace(",", "")))
             )
         )
         shorter = [round(tick / power, len(decimals) - 1) * power for tick in ticks]
         assert (
-            max(abs(one - other) for one, other in zip(shorter, ticks, strict=True))
+            max(abs(rounded - exact) for rounded, exact in zip(shorter, ticks, strict=True))
             > 0.01 * distance
         )
-    assert max(map(len, found)) <= 14
+    assert max(map(len, shown)) <= 14
 
 
-def test_examples() -> None:
+def test_examples_of_labels() -> None:
     assert Ticks("%").format_ticks([96.1, 96.15, 96.2]) == ["96.10%", "96.15%", "96.20%"]
     assert Ticks("%").format_ticks([95.0, 96.0, 100.0]) == ["95%", "96%", "100%"]
     assert numbers([0.101, 0.102, 0.103]) == ["0.101", "0.102", "0.103"]
@@ -83,9 +83,9 @@ def test_examples() -> None:
     assert numbers([0.0, 2.5e-6, 5e-6]) == ["0", "2.5×10⁻⁶", "5.0×10⁻⁶"] and numbers([]) == []
 
 
-def test_every_figure_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A course whose values lie near each other, and one of many steps: what matplotlib
-    would move into the corner.
+def test_figures_use_these_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values close to each other, and many steps: matplotlib would move what they have
+    in common into a corner.
     """
     drawn: list[Figure] = []
     real = charts.inline_svg
@@ -97,7 +97,7 @@ def test_every_figure_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "inline_svg", keep)
     rows = [{"step": 50_000 * i, "accuracy": 0.961 + 0.0001 * i} for i in range(31)]
     svg = str(
-        charts.course(
+        charts.plot_curves(
             "accuracy",
             "accuracy",
             rows,
@@ -108,6 +108,6 @@ def test_every_figure_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     [axes] = drawn[0].axes
     for axis in (axes.xaxis, axes.yaxis):
         assert axis.get_offset_text().get_text() == ""
-        found = [label.get_text() for label in axis.get_ticklabels()]
-        assert len(set(found)) == len(found) > 3
+        texts = [label.get_text() for label in axis.get_ticklabels()]
+        assert len(set(texts)) == len(texts) > 3
     assert ">96.20%<" in svg and ">96.30%<" in svg

@@ -1,4 +1,4 @@
-"""The known weights of a problem, which also write down what they are asked for."""
+"""Known weights that record every request."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PROBLEM = Problem(0)
 
 
 class KnownRecorder(KnownWeights):
-    """``trained`` gates, ``evaluated`` ones with the batch's multiple, ``differentiated``
-    ones with their probes.
+    """Records gates: ``trained``, ``evaluated`` with the multiple of the batch, and
+    ``differentiated`` with their probes.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -41,15 +41,17 @@ class KnownRecorder(KnownWeights):
         return super().gate_gradients(gates, probes, order, skip_dropout)
 
 
-def surroundings(steps: int, problem: Problem = PROBLEM) -> tuple[SearchContext, KnownRecorder]:
-    """A context of the problem, and what records it."""
+def recorded_context(steps: int, problem: Problem = PROBLEM) -> tuple[SearchContext, KnownRecorder]:
+    """A search context of ``problem``, and the recorder that serves as its weights."""
     ctx, recorder = problem.context(steps), KnownRecorder(problem)
     ctx.weights = recorder
     return ctx, recorder
 
 
 def fill(alphas: Alphas, given: Mapping[str, Any] | None = None) -> None:
-    """Set architecture parameters: random ones but for the given."""
+    """Set the architecture parameters to ``given``, and to random values where none are
+    given.
+    """
     rng = np.random.default_rng(7)
     with torch.no_grad():
         for key, alpha in alphas.values.items():
@@ -57,6 +59,6 @@ def fill(alphas: Alphas, given: Mapping[str, Any] | None = None) -> None:
 
 
 def step_at(strategy: Strategy, ctx: SearchContext, number: int, draw: int = 0) -> Metrics:
-    """The step of a number, with one of its generators."""
+    """Run step ``number``; ``draw`` selects one of several generators for it."""
     ctx.step, ctx.rng = number, np.random.default_rng([number, draw])
     return strategy.step(ctx)

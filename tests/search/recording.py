@@ -1,4 +1,4 @@
-"""A search context over any space whose weights write down what they are asked for."""
+"""A search context over any space, whose weights record every request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Update:
 
 @dataclass
 class Recorder:
-    """Shared weights under which an architecture is as accurate as ``quality`` says."""
+    """Shared weights that record every request; ``quality`` is the accuracy of an
+    architecture.
+    """
 
     space: SearchSpace
     quality: Callable[[Picks], float] = lambda picks: 0.5
@@ -38,13 +40,16 @@ class Recorder:
         self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
     ) -> Metrics:
         assert not skip_dropout
-        for each in gates:
-            assert each.keys() == {choice.key for choice in self.space.choices}
-            assert all(sorted(gate) == [0.0] * (len(gate) - 1) + [1.0] for gate in each.values()), (
-                "every path is one-hot"
-            )
+        for path_gates in gates:
+            assert path_gates.keys() == {choice.key for choice in self.space.choices}
+            assert all(
+                sorted(gate) == [0.0] * (len(gate) - 1) + [1.0] for gate in path_gates.values()
+            ), "every path is one-hot"
         index_PC = np.array(
-            [[int(np.argmax(each[choice.key])) for choice in self.space.choices] for each in gates]
+            [
+                [int(np.argmax(path_gates[choice.key])) for choice in self.space.choices]
+                for path_gates in gates
+            ]
         )
         self.updates.append(Update(index_PC, split, teach))
         return {"loss": 1.0}
@@ -68,7 +73,9 @@ class Recorder:
     def context(
         self, steps: int = 1, *, target_range: float = 0.45, tolerance: float = 0.02
     ) -> SearchContext:
-        """A context with a target in the middle of the space's range, under the synthetic table."""
+        """A context with a target near the middle of the space's range, under the
+        synthetic table.
+        """
         cost = CostModel.of_table(self.space, synthetic_table(self.space))
         low, high = cost.range()
         target_ms = low + target_range * (high - low)
@@ -93,7 +100,7 @@ class Recorder:
 def run_steps(
     strategy: Strategy, ctx: SearchContext, first: int = 0, last: int | None = None, seed: int = 0
 ) -> list[Metrics]:
-    """The steps from ``first`` to ``last`` as the search stage runs them."""
+    """Run the steps from ``first`` up to ``last`` as the search stage does."""
     metrics = []
     for number in range(first, ctx.steps if last is None else last):
         ctx.step, ctx.rng = number, np.random.default_rng([seed, number])
@@ -102,8 +109,8 @@ def run_steps(
 
 
 def elastic_space() -> MacroSpace:
-    """Like once-for-all's, but small: two stages of 2 to 4 blocks, kernel {3, 5, 7},
-    expansion {3, 4, 6}, three resolutions.
+    """A small version of once-for-all's space: two stages of 2 to 4 blocks, kernel {3,
+    5, 7}, expansion {3, 4, 6}, three resolutions.
     """
     options = tuple(f"ir_k{kernel}_e{e}" for kernel in (3, 5, 7) for e in (3, 4, 6))
     stages = (

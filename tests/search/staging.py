@@ -1,4 +1,4 @@
-"""Searches of seconds through the search stage: a small space, its experiment, and a
+"""Searches that take seconds in the search stage: a small space, its experiment, and a
 kill at any moment.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from hwnas.config import Experiment
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
-from hwnas.progress import Progress, Task
+from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import StageContext
 from hwnas.search import stage
 
@@ -28,8 +28,8 @@ OPTIMIZER = {"name": "sgd", "lr": 2.0, "options": {}}
 
 
 def elastic_digits_space(width: int = 16) -> MacroSpace:
-    """For scikit-learn's digits, with searched widths at both ends and two slots that may
-    be skipped.
+    """A space for scikit-learn's digits, with searched widths at both ends and two
+    slots that can be skipped.
     """
     first = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
     stages = (
@@ -66,7 +66,7 @@ def run(
 
 
 class Saying(Progress):
-    """Keeps what is said."""
+    """Keeps all messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -78,21 +78,23 @@ class Saying(Progress):
         self.said.append(message)
 
 
-class Killed(BaseException):  # stands for a kill
-    pass
+class Killed(BaseException):
+    """Simulates a kill. No ``except Exception`` catches it."""
 
 
 class Killing(Progress):
-    """Dies when the bar whose description contains ``where`` has advanced ``steps`` times."""
+    """Raises ``Killed`` when the bar whose description contains ``where`` has advanced
+    ``steps`` times.
+    """
 
     def __init__(self, where: str, steps: int) -> None:
         self.where, self.steps = where, steps
 
     @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         outer, counts = self, self.where in description
 
-        class Bar(Task):
+        class Bar(ProgressBar):
             def advance(self, steps: int = 1, note: str = "") -> None:
                 if counts:
                     outer.steps -= steps
@@ -115,4 +117,4 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {},
     "random_standalone": {"trainings": 3},
 }
-"""Every strategy that ships, with options for a search of seconds."""
+"""Every built-in strategy, with options for a search that takes seconds."""

@@ -1,5 +1,5 @@
-"""Budgets that are counted: cost models without a table, their configuration, and
-searches that need no profile.
+"""Counted budgets: cost models without a table, their configuration, and searches that
+need no profile.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ COUNTS = {
 
 def cost_of(kind: str) -> CostModel:
     space = elastic_digits_space()
-    made = {
+    cost_models = {
         "macs": CostModel.of_macs,
         "params": CostModel.of_params,
-        "size_bytes": lambda each: CostModel.of_bytes(each, "int8"),
+        "size_bytes": lambda space: CostModel.of_bytes(space, "int8"),
     }
-    return made[kind](space)
+    return cost_models[kind](space)
 
 
 @pytest.mark.parametrize("kind", COUNTS)
-def test_what_is_counted_is_that_of_the_network(kind: str) -> None:
+def test_counted_costs_are_those_of_the_decoded_network(kind: str) -> None:
     space, cost, rng = elastic_digits_space(), cost_of(kind), np.random.default_rng(0)
-    picks = [space.sample(rng) for _ in range(20)]
-    values = [COUNTS[kind](space.decode(each)) for each in picks]
-    assert [cost.cost(each) for each in picks] == values
-    assert cost.costs(np.array([space.index(each) for each in picks])).tolist() == values
+    sampled = [space.sample(rng) for _ in range(20)]
+    values = [COUNTS[kind](space.decode(picks)) for picks in sampled]
+    assert [cost.cost(picks) for picks in sampled] == values
+    assert cost.costs(np.array([space.index(picks) for picks in sampled])).tolist() == values
     low, high = cost.range()
     assert low <= min(values) < max(values) <= high
     assert (cost.unit, cost.table, cost.source) == (UNITS[kind], None, "")
 
 
-def test_the_ends_of_a_range_are_counts_of_networks() -> None:
+def test_the_range_starts_at_the_count_of_the_smallest_network() -> None:
     space, cost = elastic_digits_space(), cost_of("macs")
     smallest = {choice.key: choice.options[0] for choice in space.choices} | {
         "s1.b1": "skip",
@@ -63,31 +63,31 @@ def test_the_ends_of_a_range_are_counts_of_networks() -> None:
     assert cost.range()[0] == space.decode(smallest).macs
 
 
-def test_a_cost_in_words() -> None:
+def test_costs_are_shown_with_their_unit() -> None:
     assert UNITS["ms"].shown(1.5) == "1.5 ms"
     assert UNITS["macs"].shown(38_040_000) == "38.04 M MACs"
     assert UNITS["params"].shown(1_000_000, 2_500_000) == "1 to 2.5 M parameters"
     assert UNITS["size_bytes"].shown(250_000) == "0.25 MB of weights"
 
 
-def test_a_step_is_noted_in_the_unit_of_the_budget() -> None:
+def test_the_note_of_a_step_uses_the_unit_of_the_budget() -> None:
     metrics = {"macs": 38_040_000.0, "expected_macs": 4e7, "loss": 1.0}
     assert note_of(metrics) == "loss 1  38.04 M MACs  expected 40 M MACs"
 
 
-def test_an_unreachable_count_is_refused_with_the_key_that_sets_it() -> None:
-    words = (
+def test_an_unreachable_count_is_refused_and_the_error_names_its_key() -> None:
+    message = (
         r"target 1000 M MACs is out of reach of space tiny: its architectures have .* M MACs;"
         r" choose search\.budget\.max_macs in that"
     )
-    with pytest.raises(TargetError, match=words):
+    with pytest.raises(TargetError, match=message):
         cost_of("macs").check_target(1e9, "search.budget.max_macs")
 
 
 # the configuration
 
 
-def test_target_ms_is_short_for_a_budget_of_latency() -> None:
+def test_target_ms_is_shorthand_for_a_latency_budget() -> None:
     short, long = (
         load_experiment(None, ["search.target_ms=3"]),
         load_experiment(None, ["search.budget={kind='latency', max_ms=3}"]),
@@ -100,7 +100,7 @@ def test_target_ms_is_short_for_a_budget_of_latency() -> None:
     assert short.search.by_table and long.search.by_table
 
 
-def test_a_budget_that_is_not_set_is_not_written() -> None:
+def test_an_unset_budget_is_not_written() -> None:
     assert "budget" not in load_experiment(None, ["search.target_ms=3"]).search.model_dump(
         mode="json"
     )
@@ -113,7 +113,7 @@ def test_a_budget_that_is_not_set_is_not_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         (
             ["search.budget={kind='macs'}", "search.target_ms=3"],
@@ -132,8 +132,8 @@ def test_a_budget_that_is_not_set_is_not_written() -> None:
         (["search.limits=[{kind='latency', max_ms=3}]"], "table is missing"),
     ],
 )
-def test_budgets_that_are_refused(settings: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_budgets_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_experiment(None, settings)
 
 
@@ -155,8 +155,8 @@ def test_budgets_that_are_refused(settings: list[str], words: str) -> None:
 def test_a_search_without_a_table(
     strategy: dict[str, Any], budget: dict[str, Any], tmp_path: Path
 ) -> None:
-    said, kind = Saying(), budget["kind"]
-    run(tmp_path / "search", experiment(strategy=strategy, budget=budget, **SHORT), None, said)
+    progress, kind = Saying(), budget["kind"]
+    run(tmp_path / "search", experiment(strategy=strategy, budget=budget, **SHORT), None, progress)
     result, (low, high) = (
         SearchResult.load(tmp_path / "search" / "search.json"),
         cost_of(kind).range(),
@@ -165,33 +165,37 @@ def test_a_search_without_a_table(
     assert result.target == (low + high) / 2
     arch = Architecture.load(tmp_path / "search" / "arch.json")
     assert result.candidates[0].predicted == COUNTS[kind](arch)
-    assert all(abs(each.predicted / result.target - 1) <= 0.05 for each in result.candidates)
+    assert all(
+        abs(candidate.predicted / result.target - 1) <= 0.05 for candidate in result.candidates
+    )
     rows = JsonLines(tmp_path / "search" / "metrics.jsonl").read()
-    costs = {name for row in rows for name in row if name in (kind, f"expected_{kind}")}
-    assert costs and not any(name.endswith("_ms") for row in rows for name in row)
-    assert all(low <= row[name] <= high for row in rows for name in costs & row.keys())
+    cost_columns = {name for row in rows for name in row if name in (kind, f"expected_{kind}")}
+    assert cost_columns and not any(name.endswith("_ms") for row in rows for name in row)
+    assert all(low <= row[name] <= high for row in rows for name in cost_columns & row.keys())
     symbol = UNITS[kind].symbol
     assert any(
         re.fullmatch(rf"target \S+ {symbol}; tiny reaches \S+ to \S+ {symbol}", line)
-        for line in said.said
+        for line in progress.said
     )
-    assert any(re.match(rf"found tiny-\w+: \S+ {symbol} predicted \(", line) for line in said.said)
-    assert not any(" ms" in line for line in said.said)
+    assert any(
+        re.match(rf"found tiny-\w+: \S+ {symbol} predicted \(", line) for line in progress.said
+    )
+    assert not any(" ms" in line for line in progress.said)
 
 
 @pytest.mark.slow
 def test_a_budget_in_macs_needs_no_profile(tmp_path: Path) -> None:
     """The number of the budget is the target, no stage asks for a table, and the report
-    says the unit.
+    shows the unit.
     """
-    space, said = elastic_digits_space(), Saying()
+    space, progress = elastic_digits_space(), Saying()
     space.save(tmp_path / "space.json")
     macs = round(sum(cost_of("macs").range()) / 2)
     config = experiment(budget=MacsLimit(kind="macs", max_macs=macs), target_range=None, **SHORT)
     config = config.model_copy(
         update={"space": config.space.model_copy(update={"name": str(tmp_path / "space.json")})}
     )
-    pipeline = Pipeline(config, tmp_path / "run", said)
+    pipeline = Pipeline(config, tmp_path / "run", progress)
     assert "profile" not in pipeline.needed
     assert f"at {macs / 1e6:g} M MACs" in pipeline.plan()
     pipeline.run_stage("search")
@@ -207,7 +211,7 @@ def test_a_budget_in_macs_needs_no_profile(tmp_path: Path) -> None:
     }
 
 
-def test_a_budget_without_its_number_is_asked_for(tmp_path: Path) -> None:
+def test_a_budget_without_its_number_is_refused(tmp_path: Path) -> None:
     elastic_digits_space().save(tmp_path / "space.json")
     config = experiment(budget={"kind": "macs"}, target_range=None)
     config = config.model_copy(

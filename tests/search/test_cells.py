@@ -1,5 +1,5 @@
-"""Methods on cells: DARTS's derivation and P-DARTS's limit by worked examples, known
-optima, and searches of seconds.
+"""Search methods on cells: DARTS's derivation and P-DARTS's limit on skips against
+worked examples, problems with known optima, and short searches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hwnas.core.arch import Architecture, Picks
-from hwnas.core.cell_plan import NONE, SKIP_CONNECT
+from hwnas.core.cell_steps import NONE, SKIP_CONNECT
 from hwnas.core.cells import CellSpace
 from hwnas.core.cost import CostModel
 from hwnas.core.limits import Limits
@@ -42,29 +42,30 @@ def random_policy(space: CellSpace, seed: int) -> dict[str, np.ndarray]:
 
 
 def genotype(space: CellSpace, policy: dict[str, np.ndarray], cell: str) -> dict[str, str]:
-    """DARTS's parse: for each node the two edges whose best option, none aside, is
-    strongest; edge -> option.
+    """DARTS's own derivation: every node keeps the two edges whose best option other
+    than none is the strongest. Maps each kept edge to that option.
     """
-    found = {}
+    option_of = {}
     for node in range(2, 6):
-        best = {}
+        strongest = {}
         for source in range(node):
             key = f"{cell}.e{source}-{node}"
-            best[key] = max(
+            strongest[key] = max(
                 (p, option)
                 for p, option in zip(policy[key], space.edges[key], strict=True)
                 if option != NONE
             )
-        for key in sorted(best, key=lambda key: -best[key][0])[:2]:
-            found[key] = best[key][1]
-    return found
+        for key in sorted(strongest, key=lambda key: -strongest[key][0])[:2]:
+            option_of[key] = strongest[key][1]
+    return option_of
 
 
 def kept(space: CellSpace, picks: Picks, cell: str) -> dict[str, str]:
+    """The edges of a cell that ``picks`` keep, with their options."""
     return {
         key: str(picks[key])
         for key in space.edges
-        if key.startswith(f"{cell}.") and space.kept(key, picks)
+        if key.startswith(f"{cell}.") and space.is_kept(key, picks)
     }
 
 
@@ -73,7 +74,7 @@ def argmax(space: CellSpace, policy: dict[str, np.ndarray]) -> Picks:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_derived_cell_is_darts_s(seed: int) -> None:
+def test_the_derived_cell_is_that_of_darts(seed: int) -> None:
     space, policy = SMALL["darts"], random_policy(SMALL["darts"], seed)
     picks = argmax(space, derive_cell(space, policy))
     for cell in ("normal", "reduce"):
@@ -86,6 +87,7 @@ def test_p_darts_deletes_the_weakest_skips(seed: int) -> None:
     skip = space.edges["normal.e0-2"].index(SKIP_CONNECT)
     for key in space.edges:
         policy[key][skip] += 1.0  # nearly all edges are skips
+    # delete the weakest skip and derive the cell again, until at most two are left
     limited = {key: p.copy() for key, p in policy.items()}
     while True:
         normal = genotype(space, limited, "normal")
@@ -101,13 +103,13 @@ def test_p_darts_deletes_the_weakest_skips(seed: int) -> None:
     assert list(kept(space, picks, "reduce").values()).count(SKIP_CONNECT) == 8
 
 
-def test_nasbench201_may_end_with_none() -> None:
+def test_a_derived_nasbench201_cell_may_contain_none() -> None:
     space, policy = SMALL["nasbench201"], random_policy(SMALL["nasbench201"], 0)
     policy["c.e0-1"] = np.array([0.9, 0.1, 0.0, 0.0, 0.0])
     assert argmax(space, derive_cell(space, policy))["c.e0-1"] == NONE
 
 
-def test_all_edges_run_while_searching_and_any_pair_is_likely() -> None:
+def test_all_edges_run_during_the_search_and_pair_probabilities_sum_to_one() -> None:
     space = SMALL["darts"]
     mixture = {
         choice.key: torch.full((len(choice.options),), 1 / len(choice.options))
@@ -125,8 +127,8 @@ def test_all_edges_run_while_searching_and_any_pair_is_likely() -> None:
 
 
 class CellProblem:
-    """A cell whose best options are known: every option adds a gain, that of a kept
-    edge counts once for its kind of cell.
+    """A cell space whose best options are known: every option of an edge adds a gain to
+    the quality, and which edges are kept adds nothing.
     """
 
     def __init__(self, space: CellSpace, seed: int) -> None:
@@ -164,6 +166,8 @@ class CellProblem:
 
 
 class CellWeights(KnownWeights):
+    """Known weights that record which super-net the strategy grows to."""
+
     def __init__(self, problem: CellProblem) -> None:
         super().__init__(problem)  # type: ignore[arg-type]
         self.grown: list[int] = []
@@ -197,19 +201,20 @@ def test_darts_finds_the_known_cell(name: str) -> None:
         return
     for cell in ("normal", "reduce"):
         for key, option in kept(problem.space, picks, cell).items():
+            # the derivation keeps no NONE, even where it is the best option
             assert option == best[key] or best[key] == NONE
 
 
 def test_p_darts_grows_and_drops_as_published() -> None:
     problem = CellProblem(SMALL["darts"], 1)
-    ctx = problem.context(75)
+    ctx = problem.context(75)  # three stages of 25 steps
     strategy = PDARTS(PDARTSConfig(alpha_lr=0.05, latency_weight=1e-6))
     prepared(strategy, ctx, 0)
-    left = []
+    counts = []
     for step in range(75):
         searched(strategy, ctx, 0, step, step + 1)
-        left.append({int(strategy.alphas.kept[key].sum()) for key in problem.space.edges})
-    assert [left[step] for step in (0, 24, 25, 49, 50, 74)] == [{8}, {8}, {5}, {5}, {3}, {3}]
+        counts.append({int(strategy.alphas.kept[key].sum()) for key in problem.space.edges})
+    assert [counts[step] for step in (0, 24, 25, 49, 50, 74)] == [{8}, {8}, {5}, {5}, {3}, {3}]
     assert ctx.weights.grown == [0] * 25 + [1] * 25 + [2] * 25  # type: ignore[union-attr]
     assert strategy.growth(problem.space) == (1, 3, 5)
     for picks in proposed(strategy, ctx, 0, 4):
@@ -256,7 +261,7 @@ def test_methods_search_cells(method: str, name: str, tmp_path: Path) -> None:
     assert 0 <= result.candidates[0].quality <= 1
 
 
-def test_methods_that_are_for_blocks_in_a_row_say_so(tmp_path: Path) -> None:
+def test_methods_and_settings_for_chains_of_blocks_refuse_cells(tmp_path: Path) -> None:
     space = SMALL["nasbench201"]
     with pytest.raises(
         SpaceError,
@@ -275,9 +280,9 @@ def test_methods_that_are_for_blocks_in_a_row_say_so(tmp_path: Path) -> None:
         run(tmp_path / "search", config, synthetic_table(space), space=space)
 
 
-def test_a_grown_search_goes_on_with_its_deepest_super_net() -> None:
+def test_a_new_growing_super_net_is_at_its_last_stage() -> None:
     growing = GrowingSupernet(
         SMALL["darts"], torch.Generator().manual_seed(0), experiment().search.supernet, (1, 1)
     )
-    # a search that is resumed after its last step evaluates what it trained last
+    # so a search resumed after its last step evaluates the super-net trained last
     assert growing.grown == 1

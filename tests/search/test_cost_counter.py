@@ -1,4 +1,4 @@
-"""The cost of a search, against MACs of networks that are added up by hand."""
+"""The cost of a search against sums of MACs of networks, added up by hand."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ A, B = (SPACE.sample(np.random.default_rng(seed)) for seed in (0, 1))
 MACS_A, MACS_B = (SPACE.decode(picks).macs for picks in (A, B))
 
 
-class Asked:
-    """Weights, and what evaluates them, that write down what they are asked for."""
+class CallRecorder:
+    """Weights and an evaluator that record every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -54,10 +54,10 @@ class Asked:
 
 
 class Counted(CountedWeights):
-    """A search whose weights have nothing to do, and what it has cost."""
+    """Counted weights that do nothing, and what they have cost."""
 
     def __init__(self, cost_counter: CostCounter) -> None:
-        super().__init__(Asked(), cost_counter)
+        super().__init__(CallRecorder(), cost_counter)
 
     @property
     def cost(self) -> SearchCost:
@@ -72,11 +72,11 @@ def counted() -> Counted:
     return Counted(cost_counter())
 
 
-def test_what_is_counted_is_asked_for_as_it_was() -> None:
-    asked, gates = Asked(), one_hot(A, SPACE)
+def test_counting_passes_every_call_on_unchanged() -> None:
+    recorder, gates = CallRecorder(), one_hot(A, SPACE)
     weights, evaluator = (
-        CountedWeights(asked, cost_counter()),
-        CountedEvaluator(asked, cost_counter()),
+        CountedWeights(recorder, cost_counter()),
+        CountedEvaluator(recorder, cost_counter()),
     )
     assert weights.train([gates], split=True, teach=False, skip_dropout=0.5) == {"loss": 2.0}
     assert weights.qualities([gates], 4) == [0.25]
@@ -87,7 +87,7 @@ def test_what_is_counted_is_asked_for_as_it_was() -> None:
     assert evaluator.cost_counter.cost == SearchCost(
         macs=100 * MACS_A, training_images=0, evaluated=1
     )
-    assert asked.calls == [
+    assert recorder.calls == [
         ("train", [gates], True, False, 0.5),
         ("qualities", [gates], 4),
         ("gate_gradients", gates, {}, 2, 0.25),
@@ -99,30 +99,34 @@ def test_what_is_counted_is_asked_for_as_it_was() -> None:
 
 
 def test_training_counts_three_forward_passes_of_every_path() -> None:
-    found = counted()
-    found.train([one_hot(A, SPACE), one_hot(B, SPACE)], split=False, teach=False, skip_dropout=0.0)
-    assert found.cost.macs == 3 * 30 * (MACS_A + MACS_B) and found.cost.training_images == 60
-    found.train([one_hot(A, SPACE), one_hot(B, SPACE)], split=True, teach=False, skip_dropout=0.0)
-    assert found.cost.macs == 3 * 45 * (MACS_A + MACS_B) and found.cost.training_images == 90
-    found.remember_teacher(B)
-    found.train([one_hot(A, SPACE)], split=False, teach=True, skip_dropout=0.0)
-    assert found.cost.macs == 3 * 45 * (MACS_A + MACS_B) + 3 * 30 * MACS_A + 30 * MACS_B
+    weights = counted()
+    weights.train(
+        [one_hot(A, SPACE), one_hot(B, SPACE)], split=False, teach=False, skip_dropout=0.0
+    )
+    assert weights.cost.macs == 3 * 30 * (MACS_A + MACS_B) and weights.cost.training_images == 60
+    weights.train([one_hot(A, SPACE), one_hot(B, SPACE)], split=True, teach=False, skip_dropout=0.0)
+    assert weights.cost.macs == 3 * 45 * (MACS_A + MACS_B) and weights.cost.training_images == 90
+    weights.remember_teacher(B)
+    weights.train([one_hot(A, SPACE)], split=False, teach=True, skip_dropout=0.0)
+    assert weights.cost.macs == 3 * 45 * (MACS_A + MACS_B) + 3 * 30 * MACS_A + 30 * MACS_B
 
 
-def test_what_is_held_out_is_passed_forward() -> None:
-    found = counted()
-    found.qualities([one_hot(A, SPACE), one_hot(B, SPACE)], multiple=4)
-    assert found.cost.macs == 60 * (MACS_A + MACS_B)
+def test_held_out_batches_count_one_forward_pass() -> None:
+    weights = counted()
+    weights.qualities([one_hot(A, SPACE), one_hot(B, SPACE)], multiple=4)
+    assert weights.cost.macs == 60 * (MACS_A + MACS_B)
 
 
-def test_a_mixture_costs_all_that_it_executes() -> None:
-    """Two options of one slot cost what the two networks cost together, less what they share."""
+def test_a_mixture_costs_every_option_that_it_executes() -> None:
+    """Two options of one slot cost what the two networks cost together, less what they
+    have in common.
+    """
     key = next(choice.key for choice in SPACE.choices if len(choice.options) == 4)
     first, second = ({**A, key: option} for option in ("ir_k3_e3", "ir_k5_e6"))
-    without = SPACE.decode(first).macs - next(
+    common_macs = SPACE.decode(first).macs - next(
         op.macs for slot, op in SPACE.walk(first) if slot.key == key and op is not None
     )
-    other = SPACE.decode(second).macs - without
+    second_option_macs = SPACE.decode(second).macs - common_macs
     gates = {name: torch.as_tensor(gate) for name, gate in one_hot(first, SPACE).items()}
     gates[key] = gates[key] * 0.7
     position = next(choice for choice in SPACE.choices if choice.key == key).options.index(
@@ -131,56 +135,56 @@ def test_a_mixture_costs_all_that_it_executes() -> None:
     mixed = {**gates, key: gates[key].clone()}
     mixed[key][position] = 0.3
     for executed, probes in ((mixed, {}), (gates, {key: [position]})):
-        found = counted()
-        found.gate_gradients(executed, probes, order=1, skip_dropout=0.0)
-        assert found.cost.macs == 3 * 30 * (SPACE.decode(first).macs + other)
-    found = counted()
-    found.gate_gradients(mixed, {}, order=2, skip_dropout=0.0)
-    assert found.cost.macs == 4 * 3 * 30 * (SPACE.decode(first).macs + other)
+        weights = counted()
+        weights.gate_gradients(executed, probes, order=1, skip_dropout=0.0)
+        assert weights.cost.macs == 3 * 30 * (SPACE.decode(first).macs + second_option_macs)
+    weights = counted()
+    weights.gate_gradients(mixed, {}, order=2, skip_dropout=0.0)
+    assert weights.cost.macs == 4 * 3 * 30 * (SPACE.decode(first).macs + second_option_macs)
 
 
-def test_an_architecture_is_judged_once_until_the_weights_change() -> None:
-    found = cost_counter()
+def test_an_evaluation_counts_once_until_the_weights_change() -> None:
+    counter = cost_counter()
     for picks in (A, B, A):
-        found.count_evaluation(picks)
-    assert (found.cost.macs, found.cost.evaluated) == (100 * (MACS_A + MACS_B), 2)
-    found.count_evaluation(A, images=7)  # the last ranking, on other images
-    assert found.cost.macs == 107 * MACS_A + 100 * MACS_B
-    other = cost_counter()
-    state = found.state_dict()
-    state["judged"] = state.pop("evaluated")  # as in checkpoints of before
-    other.load_state_dict(state)
-    assert other.cost == found.cost
-    other.load_state_dict(found.state_dict())
-    assert other.cost == found.cost
-    Counted(found).train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
-    found.count_evaluation(A)
-    assert found.cost.evaluated == 4
+        counter.count_evaluation(picks)
+    assert (counter.cost.macs, counter.cost.evaluated) == (100 * (MACS_A + MACS_B), 2)
+    counter.count_evaluation(A, images=7)  # the final ranking, on other images
+    assert counter.cost.macs == 107 * MACS_A + 100 * MACS_B
+    restored = cost_counter()
+    state = counter.state_dict()
+    state["judged"] = state.pop("evaluated")  # as in checkpoints of earlier versions
+    restored.load_state_dict(state)
+    assert restored.cost == counter.cost
+    restored.load_state_dict(counter.state_dict())
+    assert restored.cost == counter.cost
+    Counted(counter).train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
+    counter.count_evaluation(A)
+    assert counter.cost.evaluated == 4
 
 
-def test_cells_of_the_same_blocks_are_judged_one_by_one() -> None:
+def test_different_cells_of_the_same_blocks_count_separately() -> None:
     space = nasbench201(width=0.25, resolution=8)
     texts = (
         "|nor_conv_3x3~0|+|none~0|none~1|+|none~0|nor_conv_3x3~1|none~2|",
         "|nor_conv_3x3~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2|",
     )
-    one, other = (space.read(text) for text in texts)
-    assert space.decode(one).blocks == space.decode(other).blocks
-    found = CostCounter(space, [space], batch_size=4, evaluation_images=10)
-    for picks in (one, other, one):
-        found.count_evaluation(picks)
-    assert found.cost.evaluated == 2
+    first, second = (space.read(text) for text in texts)
+    assert space.decode(first).blocks == space.decode(second).blocks
+    counter = CostCounter(space, [space], batch_size=4, evaluation_images=10)
+    for picks in (first, second, first):
+        counter.count_evaluation(picks)
+    assert counter.cost.evaluated == 2
 
 
-def test_a_super_net_that_grows_costs_what_it_is() -> None:
+def test_a_growing_super_net_costs_its_current_size() -> None:
     large = SPACE.model_validate({**SPACE.model_dump(), "resolution": 2 * SPACE.resolution})
-    found, macs = (
+    weights, large_macs = (
         Counted(CostCounter(large, [SPACE, large], batch_size=30, evaluation_images=100)),
         large.decode(A).macs,
     )
-    found.grow(0)
-    found.train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
-    assert found.cost.macs == 90 * MACS_A < 90 * macs
-    found.grow(1)
-    found.train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
-    assert found.cost.macs == 90 * (MACS_A + macs)
+    weights.grow(0)
+    weights.train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
+    assert weights.cost.macs == 90 * MACS_A < 90 * large_macs
+    weights.grow(1)
+    weights.train([one_hot(A, SPACE)], split=False, teach=False, skip_dropout=0.0)
+    assert weights.cost.macs == 90 * (MACS_A + large_macs)

@@ -1,5 +1,5 @@
-"""DARTS's parts against closed forms: the gradient of alpha, the latency term, what is
-asked of the super-net and when.
+"""DARTS's parts against closed forms: the gradient of alpha, the latency term, what it
+asks of the super-net and when.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 
 class LoggedWeights(KnownWeights):
-    """Known weights that keep what was asked of them: (what, the gates, order, skip dropout)."""
+    """Known weights that log every call: (name, gates, order, skip dropout)."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -35,8 +35,13 @@ class LoggedWeights(KnownWeights):
         self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
     ) -> Metrics:
         self.log += [
-            ("train", {key: np.asarray(gate).copy() for key, gate in each.items()}, 0, skip_dropout)
-            for each in gates
+            (
+                "train",
+                {key: np.asarray(gate).copy() for key, gate in path_gates.items()},
+                0,
+                skip_dropout,
+            )
+            for path_gates in gates
         ]
         return super().train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
@@ -77,27 +82,28 @@ def test_gradient_of_alpha(factor: float) -> None:
     ctx.target = factor * float(problem.cost.expected(p))
     strategy.step(ctx)
     sign = 1.0 if factor < 1 else -1.0
-    for key, prices in problem.cost.marginals(p).items():
-        c = -problem.gains[key] + 0.3 * sign * prices / ctx.target
+    for key, marginal_ms in problem.cost.marginals(p).items():
+        c = -problem.gains[key] + 0.3 * sign * marginal_ms / ctx.target
         gradient = strategy.alphas.values[key].grad
         assert gradient is not None
         assert np.allclose(gradient.numpy(), p[key] * (c - p[key] @ c), rtol=1e-9, atol=1e-12)
 
 
-def test_optimiser_and_defaults_are_the_papers() -> None:
+def test_the_optimiser_and_the_defaults_match_the_paper() -> None:
     strategy = DARTS(DARTSConfig())
     strategy.setup(Problem(0).context(10))
     (group,) = strategy.alphas.optimizer.param_groups
     assert isinstance(strategy.alphas.optimizer, torch.optim.Adam)
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.5, 0.999), 1e-3)
     assert strategy.config.order == 2
-    assert (strategy.mixes, strategy.sharing) == (True, "separate")
+    assert (strategy.mixes_options, strategy.sharing) == (True, "separate")
     assert STRATEGIES.get("darts") is DARTS
 
 
-def test_alpha_starts_near_uniform_and_by_the_seed() -> None:
+def test_alpha_starts_near_uniform_and_depends_on_the_seed() -> None:
     drawn = []
     for seed in (0, 0, 1):
+        # with so small a rate, alpha keeps its initial values
         strategy, ctx = DARTS(DARTSConfig(alpha_lr=1e-12)), Problem(0).context(1)
         strategy.setup(ctx)
         searched(strategy, ctx, seed)
@@ -108,10 +114,10 @@ def test_alpha_starts_near_uniform_and_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_alpha_first_then_the_weights_under_the_new_mixture(order: Any) -> None:
+def test_alpha_is_updated_first_then_the_weights_under_the_new_mixture(order: Any) -> None:
     strategy = DARTS(DARTSConfig(order=order, alpha_lr=0.1))
     weights, _, metrics = logged(strategy, 6)
-    assert [(what, asked, dropout) for what, _, asked, dropout in weights.log] == 6 * [
+    assert [(call, asked_order, dropout) for call, _, asked_order, dropout in weights.log] == 6 * [
         ("loss", order, 0.0),
         ("train", 0, 0.0),
     ]
@@ -138,17 +144,19 @@ def test_metrics() -> None:
 
 def test_warm_up_trains_only_the_weights() -> None:
     weights, _, metrics = logged(DARTS(DARTSConfig(warmup=0.5)), 10)
-    assert [what for what, *_ in weights.log] == 5 * ["train"] + 5 * ["loss", "train"]
+    assert [call for call, *_ in weights.log] == 5 * ["train"] + 5 * ["loss", "train"]
     assert ["held_out_loss" in row for row in metrics] == 5 * [False] + 5 * [True]
 
 
-@pytest.mark.parametrize("where", [0.3, 0.8])
-def test_the_expected_latency_meets_the_target(where: float) -> None:
-    """From either side, whatever the qualities: the penalty is exact, not a trade."""
+@pytest.mark.parametrize("part", [0.3, 0.8])
+def test_the_expected_latency_meets_the_target(part: float) -> None:
+    """From either side and whatever the qualities: the penalty is exact, not a
+    trade-off.
+    """
     problem = Problem(2)
     low, high = problem.cost.range()
     ctx = problem.context(400)
-    ctx.target = low + where * (high - low)
+    ctx.target = low + part * (high - low)
     strategy = DARTS(DARTSConfig(alpha_lr=0.02))
     strategy.setup(ctx)
     metrics = searched(strategy, ctx, 0)
@@ -178,7 +186,7 @@ def test_an_open_resolution_is_refused() -> None:
         DARTS(DARTSConfig()).check(open_space)
 
 
-def test_options() -> None:
+def test_an_invalid_order_is_refused() -> None:
     assert Plugin(name="darts", order=1).options(DARTS.Config).order == 1  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="order"):
         Plugin(name="darts", order=3).options(DARTS.Config)  # type: ignore[call-arg]

@@ -1,5 +1,5 @@
-"""Searching a detector: what its quality is, how every kind of method trains it, and
-the whole way.
+"""Searches for detectors: their quality, training by every kind of method, and the
+whole pipeline.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ OPTIONS = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6")
 
 
 def space(classes: int = 2) -> MacroSpace:
-    """Strides 4 and 8, four open blocks, an open width at each tap."""
+    """A space with feature maps at strides 4 and 8: four open blocks, and an open width
+    at each tap.
+    """
     stages = (
         SpaceStage(widths=(8,), stride=2, slots=(("cn_k3",),)),
         SpaceStage(widths=(16, 24), stride=2, slots=(OPTIONS, (*OPTIONS, "skip"))),
@@ -52,7 +54,9 @@ def space(classes: int = 2) -> MacroSpace:
 
 
 def content(folder: Path, **search: Any) -> dict[str, Any]:
-    """An experiment below ``folder``, where its data, space and device are written."""
+    """The settings of an experiment, after writing its data, space and device to
+    ``folder``.
+    """
     write_rectangles(folder / "data")
     space().save(folder / "space.json")
     Device(id="simulated", soc="formula", connection="simulated").save(folder / "device.json")
@@ -96,11 +100,11 @@ def experiment(folder: Path, **search: Any) -> Experiment:
 
 
 def toml(folder: Path, **search: Any) -> Path:
-    """The experiment as a file."""
+    """Write the experiment to a TOML file."""
 
     def written(value: Any) -> str:
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{key} = {written(each)}" for key, each in value.items()) + "}"
+            return "{" + ", ".join(f"{key} = {written(item)}" for key, item in value.items()) + "}"
         return (
             "[" + ", ".join(map(written, value)) + "]"
             if isinstance(value, list)
@@ -122,7 +126,7 @@ def evaluator_of(config: Experiment) -> tuple[SupernetEvaluator, MacroSupernet]:
 
 
 @pytest.mark.slow
-def test_the_whole_way_meets_the_budget(tmp_path: Path) -> None:
+def test_the_whole_pipeline_meets_the_budget(tmp_path: Path) -> None:
     """Profile, search, train from the super-net's weights, export, validate, report: on
     a simulated device.
     """
@@ -175,9 +179,9 @@ def test_the_whole_way_meets_the_budget(tmp_path: Path) -> None:
 )
 def test_every_method_trains_detectors(strategy: str, tmp_path: Path) -> None:
     config = experiment(tmp_path, strategy=strategy, batch_size=8, epochs=1)
-    boxes = experiment_space(config)
-    search = search_context(config, boxes, _tabled(config, tmp_path))
-    prepared = prepare(config, boxes, search, tmp_path)
+    detector_space = experiment_space(config)
+    search = search_context(config, detector_space, _tabled(config, tmp_path))
+    prepared = prepare(config, detector_space, search, tmp_path)
     before = {name: tensor.clone() for name, tensor in prepared.engine.model.named_parameters()}
     metrics: dict[str, float] = {}
     for number in range(2):
@@ -204,25 +208,31 @@ def _tabled(config: Experiment, folder: Path) -> LatencyTable:
 # quality
 
 
-def test_the_quality_of_a_batch_is_by_its_loss(tmp_path: Path) -> None:
+def test_a_batch_is_scored_by_its_loss(tmp_path: Path) -> None:
     config = experiment(tmp_path)
-    boxes = experiment_space(config)
+    detector_space = experiment_space(config)
     prepared = prepare(
-        config, boxes, search_context(config, boxes, _tabled(config, tmp_path)), tmp_path
+        config,
+        detector_space,
+        search_context(config, detector_space, _tabled(config, tmp_path)),
+        tmp_path,
     )
     weights: Any = prepared.engine.extra["teacher"]
-    gates = one_hot(boxes.sample(np.random.default_rng(0)), boxes)
-    (found,) = weights.qualities([gates], 1)
+    gates = one_hot(detector_space.sample(np.random.default_rng(0)), detector_space)
+    (batch_quality,) = weights.qualities([gates], 1)
     x_NCHW, y = weights.batches.held_out(0, 1)
     with torch.no_grad():
-        loss, _ = DetectionCriterion(boxes.decode(boxes.at([0] * len(boxes.choices))))(
-            weights.supernet.eval()(x_NCHW, gates), y
-        )
-    assert found == pytest.approx(1 / (1 + float(loss)), rel=1e-5) and 0.05 < found < 0.5
+        loss, _ = DetectionCriterion(
+            detector_space.decode(detector_space.at([0] * len(detector_space.choices)))
+        )(weights.supernet.eval()(x_NCHW, gates), y)
+    assert (
+        batch_quality == pytest.approx(1 / (1 + float(loss)), rel=1e-5)
+        and 0.05 < batch_quality < 0.5
+    )
 
 
 @pytest.mark.parametrize("quality", ["metric", "loss"])
-def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path: Path) -> None:
+def test_evaluations_are_those_of_the_recalibrated_network(quality: str, tmp_path: Path) -> None:
     config = experiment(tmp_path, quality=quality, evaluation_images=4)
     evaluator, supernet = evaluator_of(config)
     picks = supernet.space.sample(np.random.default_rng(1))
@@ -231,7 +241,7 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
     network = supernet.extract(picks)
     assert isinstance(network, DetectionNetwork)
     recalibrate(network, (x for x, _ in evaluator._batches(train, 6, 12)))
-    for limit, found in (
+    for limit, evaluated in (
         (4, evaluator.evaluate(picks)),
         (None, evaluator.on_all_images(evaluator.network(picks))),
     ):
@@ -249,33 +259,33 @@ def test_judgements_are_those_of_the_recalibrated_network(quality: str, tmp_path
                     network.eval()(batches[0][0]), batches[0][1]
                 )
             expected = 1 / (1 + float(loss))
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert evaluated == pytest.approx(expected, abs=1e-6)
     assert evaluator.quality.metric == ("AP" if quality == "metric" else "1 / (1 + loss)")
 
 
-# what it begins with
+# initial weights
 
 
-def test_the_backbone_begins_with_a_classification_super_net(tmp_path: Path) -> None:
+def test_the_backbone_starts_from_a_classification_super_net(tmp_path: Path) -> None:
     config = experiment(tmp_path, backbone=str(tmp_path / "classified"), epochs=0.01)
     source = MacroSupernet(space(), torch.Generator().manual_seed(7))
     (tmp_path / "classified" / "search").mkdir(parents=True)
     source.save(tmp_path / "classified" / "search" / "shared.safetensors")
-    said: list[str] = []
+    messages: list[str] = []
 
     class Lines(Progress):
         def info(self, message: str) -> None:
-            said.append(message)
+            messages.append(message)
 
     _tabled(config, tmp_path)
     config = config.model_copy(
         update={"search": config.search.model_copy(update={"table": str(tmp_path / "table.json")})}
     )
     Pipeline(config, tmp_path / "run", Lines()).run_stage("search")
-    assert "5 of 5 slots have inherited weights" in said
+    assert "5 of 5 slots have inherited weights" in messages
 
 
-# what is refused
+# refusals
 
 
 def refused(config: Experiment, folder: Path, stage: str, error: type[UserError]) -> str:
@@ -289,7 +299,7 @@ def changed(config: Experiment, section: str, **changes: Any) -> Experiment:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
-def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
+def test_spaces_that_cannot_have_detectors_are_refused(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     several = MacroSpace.model_validate({**space().model_dump(), "resolutions": (32, 48)})
     several.save(tmp_path / "several.json")
@@ -309,8 +319,8 @@ def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
     assert "needs feature maps at two resolutions" in refused(
         changed(config, "space", name=str(tmp_path / "flat.json")), tmp_path, "search", SpaceError
     )
-    boxes = experiment_space(config)
-    boxes.save(tmp_path / "boxes.json")
+    detector_space = experiment_space(config)
+    detector_space.save(tmp_path / "boxes.json")
     digits = Experiment.model_validate(
         {
             "space": {"name": str(tmp_path / "boxes.json")},
@@ -320,15 +330,15 @@ def test_what_no_detector_can_be_searched_in_says_so(tmp_path: Path) -> None:
     assert "are detectors: set task = 'detect'" in refused(digits, tmp_path, "search", ConfigError)
 
 
-def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
+def test_missing_files_are_reported_before_the_search(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     table = str(tmp_path / "table.json")
     _tabled(config, tmp_path)
     config = changed(config, "search", table=table)
     missing = changed(config, "search", backbone=str(tmp_path))
     assert (
-        "search.backbone = " in (said := refused(missing, tmp_path, "search", ConfigError))
-        and "has no shared.safetensors" in said
+        "search.backbone = " in (message := refused(missing, tmp_path, "search", ConfigError))
+        and "has no shared.safetensors" in message
     )
     (tmp_path / "data" / "annotations" / "instances_train.json").unlink()
     with pytest.raises(DataError, match=r"has no annotations/instances_train2017\.json"):
@@ -343,25 +353,25 @@ def test_what_the_search_needs_is_asked_for_first(tmp_path: Path) -> None:
         ({"quality": "AP"}, r"search\.quality = 'AP'"),
     ],
 )
-def test_settings_that_contradict_are_refused(
+def test_contradictory_settings_are_refused(
     search: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load_experiment(toml(tmp_path, **search))
 
 
-def test_a_space_with_a_detector_of_its_own_keeps_it(tmp_path: Path) -> None:
+def test_a_space_with_its_own_detector_keeps_it(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     space().with_detector(extras=(24,)).save(tmp_path / "own.json")
     own = experiment_space(changed(config, "space", name=str(tmp_path / "own.json")))
     assert own.detector is not None and own.detector.extras == (24,)
 
 
-def test_the_shipped_example_is_a_space_of_detectors() -> None:
+def test_the_shipped_example_has_a_space_of_detectors() -> None:
     config = load_experiment("configs/experiments/raccoon-search.toml")
-    boxes = experiment_space(config)
+    detector_space = experiment_space(config)
     assert (
-        boxes.detector is not None
-        and boxes.detector.extras == config.detector.extras
-        and boxes.size > 1e6
+        detector_space.detector is not None
+        and detector_space.detector.extras == config.detector.extras
+        and detector_space.size > 1e6
     )

@@ -1,5 +1,5 @@
-"""The evaluator of architectures against its parts by hand, and a finder that is killed
-while it asks.
+"""The evaluator of architectures against the same steps by hand, and a finder that is
+killed while it evaluates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ torch.set_num_threads(1)
 
 
 def supernet_of(space: MacroSpace) -> MacroSupernet:
-    """Random weights, whose logits differ between images."""
+    """A super-net with random weights, including a classifier whose logits differ
+    between images.
+    """
     supernet = MacroSupernet(space, torch.Generator().manual_seed(0))
     with torch.no_grad():
         supernet.classifier.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
@@ -62,21 +64,21 @@ def by_hand(
     return accuracy(network, batches)
 
 
-def test_a_finder_asks_for_few_images_and_the_last_ranking_for_all() -> None:
+def test_finders_evaluate_on_few_images_and_the_final_ranking_on_all() -> None:
     config = experiment(evaluation_images=70)
     supernet = supernet_of(elastic_digits_space())
     evaluator = SupernetEvaluator(supernet, config)
     picks = elastic_digits_space().at([0] * len(elastic_digits_space().choices))
-    few, every = (by_hand(supernet, config, picks, 8, images) for images in (70, None))
-    assert few != every
-    assert evaluator.evaluate(picks) == pytest.approx(few)
-    assert evaluator.on_all_images(evaluator.network(picks)) == pytest.approx(every)
+    on_few, on_all = (by_hand(supernet, config, picks, 8, images) for images in (70, None))
+    assert on_few != on_all
+    assert evaluator.evaluate(picks) == pytest.approx(on_few)
+    assert evaluator.on_all_images(evaluator.network(picks)) == pytest.approx(on_all)
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
-def test_a_search_sees_images_as_an_evaluation_does(tmp_path: Path, resize: str) -> None:
-    """One photograph everywhere: statistics of BN, finders, the last ranking and
-    rewards have it as the test images have it.
+def test_a_search_sees_images_as_the_test_set_has_them(tmp_path: Path, resize: str) -> None:
+    """All images are one photograph: BN recalibration, finders, the final ranking and
+    rewards must see it as the test set does.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (30, 50), dtype=np.uint8)
     for folder in (tmp_path / part / name for part in ("train", "val") for name in "0123456789"):
@@ -107,7 +109,7 @@ def test_a_search_sees_images_as_an_evaluation_does(tmp_path: Path, resize: str)
         assert torch.equal(x_NCHW, expected.expand_as(x_NCHW))
 
 
-def test_architectures_are_judged_by_their_loss_on_demand() -> None:
+def test_architectures_can_be_evaluated_by_their_loss() -> None:
     config = experiment(evaluation_images=70, quality="loss")
     supernet = supernet_of(elastic_digits_space())
     evaluator = SupernetEvaluator(supernet, config)
@@ -122,9 +124,11 @@ def test_architectures_are_judged_by_their_loss_on_demand() -> None:
 
 
 @pytest.mark.parametrize("quality", ["metric", "loss"])
-def test_rewards_are_by_what_architectures_are_judged_by(quality: str, tmp_path: Path) -> None:
-    """The quality that TuNAS is rewarded for, on each step's held-out batch: accuracy,
-    or 1 / (1 + cross-entropy).
+def test_rewards_use_the_quality_by_which_architectures_are_evaluated(
+    quality: str, tmp_path: Path
+) -> None:
+    """The quality that TuNAS is rewarded for, on the held-out batch of the step:
+    accuracy, or 1 / (1 + cross-entropy).
     """
     config = experiment(
         strategy={"name": "tunas", "rl_lr": 0.05, "rl_delay": 0.0, "warmup": 0.0},
@@ -137,7 +141,7 @@ def test_rewards_are_by_what_architectures_are_judged_by(quality: str, tmp_path:
     )
     prepared.step(0)
     picks = space.at([1] * len(space.choices))
-    [found] = prepared.search.qualities(one_hot(picks, space), multiple=4)
+    [scored] = prepared.search.qualities(one_hot(picks, space), multiple=4)
     x_NCHW, y = Batches(
         prepared.evaluator.train,
         prepared.evaluator.held_out,
@@ -151,12 +155,14 @@ def test_rewards_are_by_what_architectures_are_judged_by(quality: str, tmp_path:
         logits_NK = supernet(x_NCHW.to(memory_format=torch.channels_last), one_hot(picks, space))
     loss = float(torch.nn.functional.cross_entropy(logits_NK, y))
     right = float((logits_NK.argmax(1) == y).float().mean())
-    assert found == pytest.approx(right if quality == "metric" else 1 / (1 + loss), rel=1e-5)
+    assert scored == pytest.approx(right if quality == "metric" else 1 / (1 + loss), rel=1e-5)
     assert abs(right - 1 / (1 + loss)) > 0.01
 
 
-def test_an_architecture_is_judged_at_its_own_resolution() -> None:
-    """Recalibrated and evaluated on images of its size: the same blocks at 8 and at 16 pixels."""
+def test_an_architecture_is_evaluated_at_its_own_resolution() -> None:
+    """Recalibrated and evaluated on images of its size; the same blocks at 8 and at 16
+    pixels.
+    """
     elastic = MacroSpace.model_validate(
         {**elastic_digits_space().model_dump(), "resolution": 16, "resolutions": [8, 16]}
     )
@@ -165,24 +171,29 @@ def test_an_architecture_is_judged_at_its_own_resolution() -> None:
     supernet = supernet_of(elastic)
     evaluator = SupernetEvaluator(supernet, config)
     picks = elastic.at([0] * len(elastic.choices))
-    found = {}
+    quality_at = {}
     for size in (8, 16):
-        at = {**picks, "resolution": size}
-        found[size] = evaluator.evaluate(at)
-        assert evaluator.network(at).arch.resolution == size
-        assert found[size] == pytest.approx(by_hand(supernet, config, at, size, 200))
-        assert evaluator.on_all_images(evaluator.network(at)) == pytest.approx(
-            by_hand(supernet, config, at, size, None)
+        resized_picks = {**picks, "resolution": size}
+        quality_at[size] = evaluator.evaluate(resized_picks)
+        assert evaluator.network(resized_picks).arch.resolution == size
+        assert quality_at[size] == pytest.approx(
+            by_hand(supernet, config, resized_picks, size, 200)
         )
-    assert found[8] != found[16]
+        assert evaluator.on_all_images(evaluator.network(resized_picks)) == pytest.approx(
+            by_hand(supernet, config, resized_picks, size, None)
+        )
+    assert quality_at[8] != quality_at[16]
+    # on images of the other size, the same network has another accuracy
     wrong = evaluator.network({**picks, "resolution": 8})
     held_out = load_images(config.data, "held_out")
-    assert accuracy(wrong, evaluation_batches(held_out, 50, limit=200)) != pytest.approx(found[8])
+    assert accuracy(wrong, evaluation_batches(held_out, 50, limit=200)) != pytest.approx(
+        quality_at[8]
+    )
 
 
 def test_a_last_recalibration_batch_of_one_image_is_left_out() -> None:
-    """Where the map is 1 x 1, BN cannot estimate from one image: 65 images in batches
-    of 64 are the first 64.
+    """BN cannot estimate statistics from one image if the map is 1 x 1, so 65 images in
+    batches of 64 give the same statistics as the first 64.
     """
     stages = (
         SpaceStage(widths=(8,), stride=2, slots=(("cn_k3",),)),
@@ -203,7 +214,9 @@ def test_a_last_recalibration_batch_of_one_image_is_left_out() -> None:
 
 
 class Counting:
-    """Counts recalibrations, of which every evaluation makes one."""
+    """Counts recalibrations, of which every evaluation makes one. A call returns the
+    count and resets it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -224,11 +237,11 @@ class Counting:
     "finder",
     [{"name": "evolution", **EVOLUTION}, {"name": "nsga2", "generations": 3, "population": 6}],
 )
-def test_a_killed_finder_judges_nothing_twice(
+def test_a_killed_finder_evaluates_nothing_twice(
     finder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed twice in its middle, it ends as it would have, with as many evaluations in
-    sum, each of them on file once.
+    """Killed twice on the way, it ends with the same result after as many evaluations
+    in total, each of them in the file once.
     """
     table: LatencyTable = synthetic_table(elastic_digits_space())
     run(
@@ -243,7 +256,8 @@ def test_a_killed_finder_judges_nothing_twice(
     run(tmp_path / "straight", weights, table)
     straight = counting()
     bar = {"evolution": "evolution", "nsga2": "NSGA-II"}[finder["name"]]
-    for steps, known in ((3, 3), (5, 5)):  # the second goes past what is known, which also advances
+    # the second run first passes the known evaluations, which also advance the bar
+    for steps, known in ((3, 3), (5, 5)):
         with pytest.raises(Killed):
             run(tmp_path / "killed", weights, table, Killing(bar, steps))
         assert len(JsonLines(tmp_path / "killed" / EVALUATIONS).read()) == known
@@ -258,9 +272,9 @@ def test_a_killed_finder_judges_nothing_twice(
             tmp_path / "straight" / name
         ).read_bytes()
 
-    # the file's name before; read for one release
+    # the file's former name is still read, for one release
     (tmp_path / "torn" / EVALUATIONS).rename(tmp_path / "torn" / "judged.jsonl")
-    with open(tmp_path / "torn" / "judged.jsonl", "a") as file:  # a kill in the middle of a line
+    with open(tmp_path / "torn" / "judged.jsonl", "a") as file:  # killed in the middle of a line
         file.write('{"blocks": "0123')
     run(tmp_path / "torn", weights, table)
     assert counting() == straight - 5

@@ -1,4 +1,4 @@
-"""Evolution against trying everything, and its parts by their frequencies."""
+"""Evolution against exhaustive search, and its operators by their frequencies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hwnas.core.limits import Limits, ParamsLimit
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError
-from hwnas.progress import Progress, Task
+from hwnas.progress import Progress, ProgressBar
 from hwnas.search.evolution import Evolution, EvolutionConfig, _crosses
 from hwnas.search.finder import Leaderboard
 from hwnas.search.proposal import is_feasible
@@ -28,9 +28,9 @@ SMALL = EvolutionConfig(generations=12, population=10, parents=5, mutations=5, c
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_finds_the_optimum_of_everything_with_half_the_evaluations(seed: int) -> None:
-    """The known optimum under the budget, by no more than 120 of the 222 architectures
-    that meet it.
+def test_finds_the_optimum_with_about_half_the_evaluations_of_exhaustive_search(seed: int) -> None:
+    """Finds the known optimum under the budget by evaluating at most 120 of the 222
+    architectures that meet it.
     """
     problem = Problem(seed)
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
@@ -41,14 +41,14 @@ def test_finds_the_optimum_of_everything_with_half_the_evaluations(seed: int) ->
     assert is_feasible(ctx, problem.index_NC).sum() == 222
 
 
-def test_judges_distinct_architectures_within_the_budget_only() -> None:
-    """In a space with depths, where blocks that are left out make no difference; best
-    reward first.
+def test_evaluates_only_distinct_architectures_within_the_budget() -> None:
+    """In a space with depths, where picks of omitted blocks make no difference. The
+    proposals are sorted by reward, best first.
     """
     space = elastic_space()
     recorder = Recorder(space, lambda picks: zlib.crc32(repr(picks).encode()) / 2**32)
     ctx = recorder.context(tolerance=0.05)
-    found = Evolution(EvolutionConfig(generations=6)).find(ctx, 20)
+    proposals = Evolution(EvolutionConfig(generations=6)).find(ctx, 20)
     names = [space.decode(picks).blocks for picks in recorder.evaluated]
     assert len(set(names)) == len(names) == 6 * 50
     assert np.all(is_feasible(ctx, np.array([space.index(picks) for picks in recorder.evaluated])))
@@ -56,8 +56,8 @@ def test_judges_distinct_architectures_within_the_budget_only() -> None:
         ctx.reward(recorder.quality(picks), ctx.cost_model.cost(picks))
         for picks in recorder.evaluated
     ]
-    best = np.argsort(-np.array(rewards), kind="stable")[:20]
-    assert found == [recorder.evaluated[i] for i in best]
+    order = np.argsort(-np.array(rewards), kind="stable")[:20]
+    assert proposals == [recorder.evaluated[i] for i in order]
 
 
 def test_later_generations_are_better() -> None:
@@ -73,31 +73,35 @@ def test_later_generations_are_better() -> None:
     assert quality_N[-50:].mean() > quality_N[:50].mean() + 0.25
 
 
-def test_limits_hold_beside_the_target() -> None:
-    """Of the architectures at the target, those above the median of parameters are never evaluated."""
+def test_limits_hold_in_addition_to_the_target() -> None:
+    """Architectures at the target with more parameters than the median are never
+    evaluated.
+    """
     problem = Problem(0)
     ctx = problem.context(1)
     within_NC = problem.index_NC[is_feasible(ctx, problem.index_NC)]
-    most = int(np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC]))
+    max_params = int(
+        np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC])
+    )
     ctx.limits = Limits(
-        problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load
+        problem.space, [ParamsLimit(kind="params", max_params=max_params)], LatencyTable.load
     )
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
     ctx.evaluator = recorder
-    found = Evolution(SMALL).find(ctx, 5)
-    assert len(found) == 5
-    assert max(problem.space.decode(picks).params for picks in recorder.evaluated) <= most
+    proposals = Evolution(SMALL).find(ctx, 5)
+    assert len(proposals) == 5
+    assert max(problem.space.decode(picks).params for picks in recorder.evaluated) <= max_params
     feasible_NC = within_NC[ctx.limits.feasible(within_NC)]
     rewards = [
         ctx.reward(recorder.quality(p), ctx.cost_model.cost(p))
         for p in map(problem.space.at, feasible_NC)
     ]
-    assert ctx.reward(recorder.quality(found[0]), ctx.cost_model.cost(found[0])) == pytest.approx(
-        max(rewards)
-    )
+    assert ctx.reward(
+        recorder.quality(proposals[0]), ctx.cost_model.cost(proposals[0])
+    ) == pytest.approx(max(rewards))
 
 
-def test_works_on_a_trained_super_net_alone() -> None:
+def test_needs_only_an_evaluator_of_a_trained_super_net() -> None:
     """No weights to train, no steps: only an evaluator."""
     problem = Problem(1)
     ctx = problem.context(0)
@@ -105,21 +109,21 @@ def test_works_on_a_trained_super_net_alone() -> None:
     assert Evolution(SMALL).find(ctx, 2)[0] == problem.best
 
 
-def test_ends_where_the_budget_holds_little_or_nothing() -> None:
+def test_ends_if_few_or_no_architectures_meet_the_budget() -> None:
     problem = Problem(0)
     ctx = problem.context(1)
     ctx.target = 1.01 * problem.cost.range()[0]
-    few = int(is_feasible(ctx, problem.index_NC).sum())
-    assert 1 <= few < 20
-    found = Evolution(SMALL).find(ctx, 50)
-    assert len(found) == few
+    count = int(is_feasible(ctx, problem.index_NC).sum())
+    assert 1 <= count < 20
+    proposals = Evolution(SMALL).find(ctx, 50)
+    assert len(proposals) == count
     ctx.target = 0.5 * problem.cost.range()[0]
     assert Evolution(SMALL).find(ctx, 5) == []
 
 
-def test_mutation_draws_each_choice_anew_with_its_probability() -> None:
-    """P(changed) = p (1 - 1 / n) for n options, with a probability of its own for the
-    resolution.
+def test_mutation_redraws_each_choice_with_its_probability() -> None:
+    """P(changed) = p (1 - 1 / n) for n options; the resolution may have its own
+    probability.
     """
     space = elastic_space()
     ctx = Recorder(space).context()
@@ -135,6 +139,7 @@ def test_mutation_draws_each_choice_anew_with_its_probability() -> None:
                 1 - 1 / len(choice.options)
             )
             changed = np.mean(mutants_NC[:, i] != parents_PC[0, i])
+            # within four standard errors
             assert abs(changed - p) < 4 * np.sqrt(p * (1 - p) / count), choice.key
 
 
@@ -149,36 +154,36 @@ def test_crossover_takes_each_choice_from_one_of_two_parents() -> None:
     for option in range(3):
         assert abs(np.mean(children_NC == option) - 1 / 3) < 0.02
     mixed = [row for row in children_NC if len(set(row.tolist())) == 2]
-    # the two parents are the same one a third of the time
+    # both parents are the same one a third of the time
     assert abs(len(mixed) / 3000 - 2 / 3) < 4 * np.sqrt(2 / 9 / 3000)
 
 
-def test_a_leaderboard_knows_architectures_not_picks() -> None:
-    """Two slots that can be skipped: leaving out the one or the other is one
-    architecture, evaluated once.
+def test_a_leaderboard_identifies_architectures_not_picks() -> None:
+    """Two slots can be skipped. Skipping one or the other gives the same architecture,
+    which is evaluated once.
     """
     stages = (
         SpaceStage(widths=(8,), slots=(("cn_k3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"))),
     )
     space = MacroSpace(name="twice", resolution=8, classes=2, stages=stages)
     recorder = Recorder(space)
-    board = Leaderboard(recorder.context(), Task())
+    board = Leaderboard(recorder.context(), ProgressBar())
     first, second = {"s0.b1": "skip", "s0.b2": "ir_k3_e3"}, {"s0.b1": "ir_k3_e3", "s0.b2": "skip"}
     assert board.evaluate(first) is board.evaluate(second)
     assert recorder.evaluated == [first]
     assert board.best(5) == [first]
 
 
-def test_the_bar_counts_evaluations() -> None:
+def test_the_progress_bar_counts_evaluations() -> None:
     class Counting(Progress):
         totals: list[int]
         done = 0
 
         @contextmanager
-        def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+        def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
             counting = self
 
-            class Bar(Task):
+            class Bar(ProgressBar):
                 def advance(self, steps: int = 1, note: str = "") -> None:
                     counting.done += steps
                     assert note.startswith("best reward 0.5")
@@ -195,7 +200,7 @@ def test_the_bar_counts_evaluations() -> None:
     assert ctx.progress.done == len(recorder.evaluated) == 120
 
 
-def test_defaults_are_the_papers_and_ofas_fit() -> None:
+def test_the_defaults_match_the_paper_and_ofas_options_are_accepted() -> None:
     config = EvolutionConfig()
     assert (config.generations, config.population, config.parents) == (20, 50, 10)
     assert (config.mutations, config.crossovers, config.mutation_probability) == (25, 25, 0.1)

@@ -1,4 +1,4 @@
-"""Strict fairness, exactly, by counting."""
+"""Strict fairness, checked exactly by counting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def counts_of(paths_index: np.ndarray, options: int) -> list[int]:
     return np.bincount(paths_index, minlength=options).tolist()  # type: ignore[no-any-return]
 
 
-def test_equal_counts_are_the_paper_exactly() -> None:
+def test_equal_counts_of_options_follow_the_paper_exactly() -> None:
     """FairNAS's own space: 19 layers of 6 options; every step is 6 paths, and each
     option is on exactly one of them.
     """
@@ -34,37 +34,36 @@ def test_equal_counts_are_the_paper_exactly() -> None:
 
 
 @pytest.mark.parametrize("space", [tiny_space(), elastic_space()], ids=["tiny", "elastic"])
-def test_unequal_counts_differ_by_at_most_one(space: MacroSpace) -> None:
-    """As many paths as the largest choice has options; a choice with fewer covers them
-    as evenly as possible in every step.
+def test_with_unequal_counts_of_options_trainings_differ_by_at_most_one(space: MacroSpace) -> None:
+    """There are as many paths as the largest choice has options; in every step, a
+    choice with fewer options spreads them over the paths as evenly as possible.
     """
-    most = max(len(choice.options) for choice in space.choices)
+    path_count = max(len(choice.options) for choice in space.choices)
     rng = np.random.default_rng(0)
     for _ in range(50):
         paths = np.array([space.index(picks) for picks in fair_paths(space, rng)])
-        assert len(paths) == most
+        assert len(paths) == path_count
         for i, choice in enumerate(space.choices):
             counts = counts_of(paths[:, i], len(choice.options))
-            assert min(counts) >= most // len(choice.options)
+            assert min(counts) >= path_count // len(choice.options)
             assert max(counts) - min(counts) <= 1
 
 
-def test_in_the_long_run_the_odd_ones_out_are_drawn_evenly() -> None:
-    """Of 4 options on 5 paths one is trained twice: each of the four as often as the others."""
+def test_in_the_long_run_every_option_is_trained_twice_equally_often() -> None:
+    """Of 4 options on 5 paths, one is trained twice: each of the four equally often."""
     space, steps = tiny_space(), 2000
     rng = np.random.default_rng(1)
     index = np.array(
         [[space.index(picks)[0] for picks in fair_paths(space, rng)] for _ in range(steps)]
     )
     twice = np.array([np.bincount(row, minlength=4).argmax() for row in index])
-    found = np.bincount(twice, minlength=4) / steps
-    assert np.all(np.abs(found - 0.25) < 4 * np.sqrt(0.25 * 0.75 / steps))
+    shares = np.bincount(twice, minlength=4) / steps
+    # within four standard errors
+    assert np.all(np.abs(shares - 0.25) < 4 * np.sqrt(0.25 * 0.75 / steps))
 
 
 def test_choices_are_permuted_independently() -> None:
-    """Every pair of options of two choices is on one path as often as every other: 1 /
-    9 of the paths.
-    """
+    """Every pair of options of two choices is on 1 / 9 of the paths."""
     stages = (
         SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5", "cn_k7"), ("cn_k3", "cn_k5", "cn_k7"))),
     )
@@ -78,8 +77,8 @@ def test_choices_are_permuted_independently() -> None:
 
 
 def test_a_step_is_one_update_on_one_batch() -> None:
-    """The paths' gradients are added up on the same batch, not split over parts of it,
-    and every step has new permutations.
+    """The gradients of the paths are summed on the same batch, which is not split, and
+    every step has new permutations.
     """
     recorder = Recorder(tiny_space())
     strategy, ctx = FairNAS(FairNASConfig()), recorder.context(12)

@@ -14,7 +14,7 @@ import torch
 
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.errors import SpaceError, TargetError
-from hwnas.search.fbnet import FBNet, FBNetConfig, gumbel_softmax, sampled_feasible
+from hwnas.search.fbnet import FBNet, FBNetConfig, gumbel_softmax, sample_policy_feasible
 from hwnas.search.proposal import is_feasible
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.testing import Problem
@@ -24,10 +24,10 @@ from tests.search.known_recorder import PROBLEM, KnownRecorder, fill, step_at
 torch.set_num_threads(1)
 
 
-def surroundings(
+def recorded_context(
     steps: int = 900, problem: Problem = PROBLEM
 ) -> tuple[SearchContext, KnownRecorder]:
-    return known_recorder.surroundings(steps, problem)
+    return known_recorder.recorded_context(steps, problem)
 
 
 def prepared(ctx: SearchContext, thetas: Mapping[str, Any] | None = None, **options: Any) -> FBNet:
@@ -43,16 +43,18 @@ def step(strategy: FBNet, ctx: SearchContext, number: int = 450, draw: int = 0) 
 
 
 def test_temperature_by_hand() -> None:
-    """5 at the start, 5 e^-0.45 after 10 of 90 epochs, 5 e^-4.05 at the end; one epoch
-    takes it to 0.956 of what it was.
+    """5 at the start, 5 e^-0.45 after 10 of 90 epochs, 5 e^-4.05 at the end; every
+    epoch multiplies it by 0.956.
     """
-    ctx, _ = surroundings()
-    strategy, found = FBNet(FBNetConfig()), {}
+    ctx, _ = recorded_context()
+    strategy, temperatures = FBNet(FBNetConfig()), {}
     for number in (0, 10, 100, 900):
         ctx.step = number
-        found[number] = strategy.temperature(ctx)
-    assert found == pytest.approx({0: 5.0, 10: 4.779987, 100: 3.188141, 900: 0.087112}, abs=1e-6)
-    assert found[10] / found[0] == pytest.approx(0.956, abs=1e-4)
+        temperatures[number] = strategy.temperature(ctx)
+    assert temperatures == pytest.approx(
+        {0: 5.0, 10: 4.779987, 100: 3.188141, 900: 0.087112}, abs=1e-6
+    )
+    assert temperatures[10] / temperatures[0] == pytest.approx(0.956, abs=1e-4)
 
 
 def test_mask_by_hand() -> None:
@@ -61,15 +63,15 @@ def test_mask_by_hand() -> None:
         "a": torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64),
         "b": torch.tensor([0.5, 0.5], dtype=torch.float64),
     }
-    found = gumbel_softmax(theta, 2.5, np.random.default_rng(3))
+    masks = gumbel_softmax(theta, 2.5, np.random.default_rng(3))
     rng = np.random.default_rng(3)
     for key, values in theta.items():
         weights = np.exp((values.numpy() + rng.gumbel(size=len(values))) / 2.5)
-        assert np.allclose(found[key], weights / weights.sum(), atol=1e-14)
+        assert np.allclose(masks[key], weights / weights.sum(), atol=1e-14)
 
 
 @pytest.mark.parametrize("temperature", [5.0, 0.087])
-def test_the_largest_of_a_mask_is_a_draw_from_the_policy(temperature: float) -> None:
+def test_the_largest_entry_of_a_mask_is_a_draw_from_the_policy(temperature: float) -> None:
     """The Gumbel-max property, at any temperature; a low one makes masks nearly
     one-hot, a high one nearly uniform.
     """
@@ -97,7 +99,9 @@ def test_losses_by_hand() -> None:
 
 
 def slopes(latency_loss: str, loss: float, latency: float, target: float) -> tuple[float, float]:
-    """By hand: the combined loss's derivatives by the cross-entropy and by the latency."""
+    """Derivatives of the combined loss by the cross-entropy and by the latency, by
+    hand.
+    """
     if latency_loss == "absolute":
         return 1.0, math.copysign(0.3 / target, latency - target)
     log = math.log(latency * 1000)
@@ -106,10 +110,10 @@ def slopes(latency_loss: str, loss: float, latency: float, target: float) -> tup
 
 @pytest.mark.parametrize("latency_loss", ["absolute", "fbnet"])
 def test_gradient_is_the_closed_form(latency_loss: str) -> None:
-    """dL/dtheta_i = sum_j dL/dm_j m_j (delta_ij - m_i) / tau, the latency being that of
-    the sampled mask.
+    """dL/dtheta_i = sum_j dL/dm_j m_j (delta_ij - m_i) / tau, with the latency of the
+    sampled mask.
     """
-    ctx, recorder = surroundings()
+    ctx, recorder = recorded_context()
     strategy = prepared(ctx, latency_loss=latency_loss)
     for draw in range(5):
         metrics = step(strategy, ctx, draw=draw)
@@ -128,19 +132,19 @@ def test_gradient_is_the_closed_form(latency_loss: str) -> None:
                     for i in range(len(m))
                 ]
             )
-            found = strategy.thetas.values[key].grad
-            assert found is not None
-            assert np.allclose(found, expected, rtol=1e-9, atol=1e-14)
+            gradient = strategy.thetas.values[key].grad
+            assert gradient is not None
+            assert np.allclose(gradient, expected, rtol=1e-9, atol=1e-14)
             assert np.abs(expected).max() > 1e-6
 
 
-def test_theta_decays_by_adam_where_nothing_pulls() -> None:
-    """Without gradient, Adam's first step is rate * sign(decay * theta): theta 2 ->
+def test_adam_decays_theta_where_there_is_no_gradient() -> None:
+    """Without a gradient, Adam's first step is rate * sign(decay * theta): theta 2 ->
     1.99, -1 -> -0.99, and 0 stays.
     """
     problem = Problem(0)
     problem.gains = {key: np.zeros_like(gain) for key, gain in problem.gains.items()}
-    ctx, _ = surroundings(problem=problem)
+    ctx, _ = recorded_context(problem=problem)
     strategy = prepared(
         ctx, {"s1.b0": [2.0, -1.0, 0.0, 0.0]}, latency_loss="absolute", latency_weight=0.0
     )
@@ -150,8 +154,8 @@ def test_theta_decays_by_adam_where_nothing_pulls() -> None:
     )
 
 
-def test_weights_run_all_options_and_theta_gets_a_mask_of_its_own() -> None:
-    ctx, recorder = surroundings()
+def test_weights_run_all_options_and_theta_gets_its_own_mask() -> None:
+    ctx, recorder = recorded_context()
     strategy = prepared(ctx)
     for draw in range(3):
         step(strategy, ctx, draw=draw)
@@ -170,17 +174,17 @@ def test_weights_run_all_options_and_theta_gets_a_mask_of_its_own() -> None:
 
 
 def test_schedule() -> None:
-    """Of 900 steps (90 epochs), 100 train weights only; then 1 theta step follows every
-    4 weight steps.
+    """Of 900 steps (90 epochs), the first 100 train only weights; then one theta step
+    follows every 4 weight steps.
     """
-    ctx, recorder = surroundings()
+    ctx, recorder = recorded_context()
     strategy = FBNet(FBNetConfig())
     strategy.setup(ctx)
-    learnt = []
+    theta_steps = []
     for number in range(900):
         ctx.step = number
-        learnt += [number] if strategy.learns(ctx) else []
-    assert learnt == list(range(103, 900, 4))
+        theta_steps += [number] if strategy.learns(ctx) else []
+    assert theta_steps == list(range(103, 900, 4))
     for number in (0, 3, 99, 102):
         step(strategy, ctx, number)
     assert all(not theta.detach().any() for theta in strategy.thetas.values.values())
@@ -196,9 +200,11 @@ def test_schedule() -> None:
     } <= metrics.keys()
 
 
-def test_samples_are_distributed_as_the_policy_within_the_budget() -> None:
-    """P(option | within the tolerance) by enumeration against the first of many proposals."""
-    ctx, _ = surroundings()
+def test_samples_are_distributed_like_the_policy_within_the_budget() -> None:
+    """P(option | within the tolerance) by enumeration, against the first proposal of
+    many draws.
+    """
+    ctx, _ = recorded_context()
     policy = prepared(ctx).thetas.policy()
     index_NC = PROBLEM.index_NC[is_feasible(ctx, PROBLEM.index_NC)]
     weights_N = np.prod(
@@ -207,20 +213,21 @@ def test_samples_are_distributed_as_the_policy_within_the_budget() -> None:
     draws, counts = 250, {choice.key: np.zeros(len(choice.options)) for choice in ctx.space.choices}
     for draw in range(draws):
         ctx.rng = np.random.default_rng(draw)
-        first = ctx.space.index(sampled_feasible(ctx, policy, 1)[0])
+        first = ctx.space.index(sample_policy_feasible(ctx, policy, 1)[0])
         for key, option in zip(counts, first, strict=True):
             counts[key][option] += 1
     for i, count in enumerate(counts.values()):
         p = np.bincount(index_NC[:, i], weights_N, len(count)) / weights_N.sum()
+        # within four standard errors
         assert np.all(np.abs(count / draws - p) <= 4 * np.sqrt(p * (1 - p) / draws))
 
 
 @pytest.mark.parametrize("derive", ["sampled", "likely"])
-def test_proposals_of_a_policy_that_misses_the_budget(derive: str) -> None:
-    """A policy that gives 96 % to an architecture that is far too slow still yields
+def test_a_policy_that_misses_the_budget_still_gives_proposals_within_it(derive: str) -> None:
+    """A policy that gives 96 % to one architecture, which is far too slow, still yields
     different architectures within the tolerance.
     """
-    ctx, _ = surroundings()
+    ctx, _ = recorded_context()
     strategy = prepared(ctx, derive=derive)
     with torch.no_grad():
         for choice in ctx.space.choices:
@@ -234,7 +241,7 @@ def test_proposals_of_a_policy_that_misses_the_budget(derive: str) -> None:
 
 
 def test_likely_proposals_begin_with_the_argmax() -> None:
-    ctx, _ = surroundings()
+    ctx, _ = recorded_context()
     strategy = prepared(ctx, derive="likely")
     with torch.no_grad():
         for choice in ctx.space.choices:
@@ -253,7 +260,7 @@ def test_open_resolutions_are_refused() -> None:
     FBNet(FBNetConfig()).check(space.restrict({"resolution": [32]}))
 
 
-def test_a_logarithm_that_does_not_exist_is_refused_before_the_search() -> None:
-    ctx, _ = surroundings()
+def test_an_undefined_logarithm_is_refused_before_the_search() -> None:
+    ctx, _ = recorded_context()
     with pytest.raises(TargetError, match="unit_ms"):
         FBNet(FBNetConfig(latency_loss="fbnet", unit_ms=1000.0)).setup(ctx)

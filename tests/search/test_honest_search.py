@@ -1,13 +1,11 @@
-"""Real searches that learned nothing, and what they say of themselves, up to the
-verdict and the report.
+"""Real searches that learn nothing, and what they say about it, up to the verdict and
+the report.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ from hwnas.search.result import SearchResult
 from hwnas.testing import synthetic_table
 from hwnas.train.result import TrainResult
 from hwnas.verdict import Verdict
+from tests.commands import Command
+from tests.commands import run as run_command
 from tests.conftest import write_tiny
 from tests.search.staging import OPTIONS, Saying, elastic_digits_space, experiment, run
 
@@ -32,8 +32,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's digits with their labels shuffled: there is nothing to learn but
-    which is most frequent.
+    """scikit-learn's digits with shuffled labels: there is nothing to learn but which
+    label is the most frequent.
     """
     folder = tmp_path_factory.mktemp("shuffled")
     pixels, labels = load_digits(return_X_y=True)
@@ -59,7 +59,7 @@ def on_noise(folder: Path, name: str, **search: Any) -> Experiment:
 def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(
     strategy: str, shuffled: Path, tmp_path: Path
 ) -> None:
-    """By every kind of training: paths, mixtures, several passes, a teacher's second
+    """For every kind of training: paths, mixtures, several passes, a teacher's second
     cross-entropy, networks that share nothing.
     """
     progress = Saying()
@@ -82,13 +82,13 @@ def test_a_search_on_shuffled_labels_says_that_it_learned_nothing(
     assert learning.weights.last.mean == pytest.approx(math.log(10), abs=0.12)
     first, *others = learning.cautions
     assert first.headline == "the search learned nothing" and "search.epochs" in first.text
-    assert all("the policy has hardly moved" in other.headline for other in others)
+    assert all("the policy has hardly moved" in caution.headline for caution in others)
     assert progress.said[-1 - len(others) :] == [str(first), *map(str, others)]
 
 
 def test_a_search_that_learns_says_so(tmp_path: Path) -> None:
-    """The same digits with their labels. Random search, whose proposals are random
-    networks, is not compared with them.
+    """The same digits with their true labels. Random search is not compared with random
+    networks, because its proposals are random too.
     """
     progress = Saying()
     run(
@@ -108,8 +108,10 @@ def test_a_search_that_learns_says_so(tmp_path: Path) -> None:
     assert not any("learned nothing" in line for line in progress.said)
 
 
-def test_a_policy_that_learns_is_told_from_one_that_does_not(tmp_path: Path) -> None:
-    """TuNAS with a rate at which it moves; rewards rise as the weights train."""
+def test_a_policy_that_learns_is_recognised(tmp_path: Path) -> None:
+    """TuNAS at a learning rate that moves the policy; rewards rise as the weights
+    train.
+    """
     config = experiment(strategy={"name": "tunas", "rl_lr": 0.05}, epochs=4.0, random_samples=0)
     run(tmp_path / "search", config, synthetic_table(elastic_digits_space()))
     learning = SearchResult.load(tmp_path / "search/search.json").learning
@@ -127,32 +129,24 @@ def test_a_policy_that_learns_is_told_from_one_that_does_not(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def command(
-    shuffled: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """``hwnas run`` on shuffled labels: its folder, and what it said."""
+def command(shuffled: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Command]:
+    """``hwnas run`` on shuffled labels: its folder and the finished process."""
     folder = tmp_path_factory.mktemp("nothing")
     overrides = ["data.name=npz", f"data.path={shuffled}", "validate.images=300", "train.epochs=1"]
-    arguments = [
-        sys.executable,
-        "-m",
-        "hwnas",
-        "run",
-        str(write_tiny(folder)),
-        "--out",
-        str(folder / "run"),
-    ]
+    arguments = ["run", str(write_tiny(folder)), "--out", str(folder / "run")]
     for override in overrides:
         arguments += ["-s", override]
-    return folder / "run", subprocess.run(arguments, check=False, capture_output=True, text=True)
+    finished = Command(arguments)
+    finished.wait()
+    return folder / "run", finished
 
 
-def test_the_command_ends_in_no_plain_passed(
-    command: tuple[Path, subprocess.CompletedProcess[str]],
+def test_the_command_does_not_end_with_a_plain_passed(
+    command: tuple[Path, Command],
 ) -> None:
-    """Latency and parity were as promised, so the exit code is 0."""
+    """Latency and parity are as promised, so the exit code is 0."""
     _, finished = command
-    assert finished.returncode == 0, finished.stderr
+    assert finished.wait() == 0, finished.stderr
     lines = finished.stderr.splitlines()
     assert any(
         line.startswith("warning: the search learned nothing: the super-net's loss ended at 2.3")
@@ -166,9 +160,7 @@ def test_the_command_ends_in_no_plain_passed(
     assert "; the trained network learned nothing: " in last
 
 
-def test_the_documents_carry_it(
-    command: tuple[Path, subprocess.CompletedProcess[str]], shuffled: Path
-) -> None:
+def test_the_documents_carry_the_warnings(command: tuple[Path, Command], shuffled: Path) -> None:
     root, _ = command
     learning = SearchResult.load(root / "search/search.json").learning
     trained = TrainResult.load(root / "train/train.json")
@@ -177,14 +169,16 @@ def test_the_documents_carry_it(
         assert trained.guess == np.bincount(arrays["y"]).max() / 397
     verdict = Verdict.load(root / "validate/verdict.json")
     assert verdict.passed and verdict.warnings == (*learning.cautions, trained.caution)
-    headlines = [each.headline for each in verdict.warnings]
+    headlines = [caution.headline for caution in verdict.warnings]
     assert (headlines[0], headlines[-1]) == (
         "the search learned nothing",
         "the trained network learned nothing",
     )
 
 
-def test_the_report_carries_it(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_report_carries_the_warnings(
+    command: tuple[Path, Command],
+) -> None:
     root, _ = command
     page = (root / "report/report.html").read_text()
     [badge] = re.findall(r'<span class="badge caution">(.*)</span>', page)
@@ -195,9 +189,9 @@ def test_the_report_carries_it(command: tuple[Path, subprocess.CompletedProcess[
     assert "<p>The search learned nothing</p>The super-net&#39;s loss ended at 2.3" in page
 
 
-def test_a_second_run_is_current(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    """What the verdict takes over is one of its inputs, and stays so."""
+def test_a_second_validation_is_up_to_date(
+    command: tuple[Path, Command],
+) -> None:
+    """The warnings of the verdict come from inputs that stay unchanged."""
     root, _ = command
-    arguments = [sys.executable, "-m", "hwnas", "validate", str(root)]
-    finished = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    assert "validate: up to date, skipped" in finished.stderr
+    assert "validate: up to date, skipped" in run_command(["validate", str(root)]).stderr

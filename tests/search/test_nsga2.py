@@ -1,5 +1,5 @@
-"""NSGA-II against trying everything, its constraints by hand, and its manners as a
-guest of Optuna's.
+"""NSGA-II against exhaustive search, its constraints by hand, and its good behaviour
+towards Optuna's other users.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ torch.set_num_threads(1)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_finds_the_optimum_of_everything(seed: int) -> None:
-    """The known optimum under the budget, by less than two thirds of the 222
-    architectures that meet it.
+def test_finds_the_optimum_with_fewer_evaluations_than_exhaustive_search(seed: int) -> None:
+    """Finds the known optimum under the budget by evaluating fewer than two thirds of
+    the 222 architectures that meet it.
     """
     problem = Problem(seed)
     ctx = problem.context(1)
@@ -36,22 +36,24 @@ def test_finds_the_optimum_of_everything(seed: int) -> None:
     assert len(recorder.evaluated) < 2 / 3 * 222
 
 
-def test_judges_within_the_budget_once_and_ranks_by_reward() -> None:
+def test_evaluates_each_architecture_once_within_the_budget_and_ranks_by_reward() -> None:
     problem = Problem(0)
     ctx = problem.context(0)
     recorder = Recorder(problem.space, KnownWeights(problem).evaluate)
     ctx.weights, ctx.evaluator = None, recorder  # an already trained super-net
-    found = NSGA2(NSGA2Config(generations=5)).find(ctx, 1000)
+    proposals = NSGA2(NSGA2Config(generations=5)).find(ctx, 1000)
     index_NC = np.array([problem.space.index(picks) for picks in recorder.evaluated])
     assert np.all(is_feasible(ctx, index_NC))
-    assert len(np.unique(index_NC, axis=0)) == len(index_NC) == len(found)
-    rewards = [ctx.reward(recorder.quality(picks), ctx.cost_model.cost(picks)) for picks in found]
+    assert len(np.unique(index_NC, axis=0)) == len(index_NC) == len(proposals)
+    rewards = [
+        ctx.reward(recorder.quality(picks), ctx.cost_model.cost(picks)) for picks in proposals
+    ]
     assert rewards == sorted(rewards, reverse=True)
 
 
 def test_evolves_beyond_the_first_generation() -> None:
-    """More than the 50 random architectures are evaluated, and the best of the later ones
-    beats the best of these.
+    """More than the 50 random architectures are evaluated, and the best of the later
+    ones beats the best of the random ones.
     """
     problem = Problem(1)
     ctx = problem.context(1)
@@ -84,10 +86,11 @@ def test_constraints_by_hand() -> None:
 
 @pytest.mark.slow
 def test_meeting_the_constraints_dominates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optuna's front holds no architecture outside the budget, though those are faster and smaller.
+    """Optuna's front contains no architecture outside the budget, even if it is faster
+    and smaller.
 
-    And the budget draws the run in: twice as many of the children meet it as in the
-    same run blind to it (0.11 against 0.04).
+    The budget also attracts the search: twice as many children meet it as in the same
+    run that does not see it (0.11 against 0.04).
     """
     studies, create_study = [], optuna.create_study
     monkeypatch.setattr(
@@ -105,27 +108,30 @@ def test_meeting_the_constraints_dominates(monkeypatch: pytest.MonkeyPatch) -> N
             ctx.evaluator, ctx.rng = KnownWeights(problem), np.random.default_rng(seed)
             NSGA2(NSGA2Config(generations=8, population=20)).find(ctx, 1)
             tried, front = (
-                [problem.space.index(trial.params) for trial in found]
-                for found in (studies[-1].trials, studies[-1].best_trials)
+                [problem.space.index(trial.params) for trial in trials]
+                for trials in (studies[-1].trials, studies[-1].best_trials)
             )
             assert bool(is_feasible(ctx, np.array(front)).all()) == (excess is _excess)
             count += int(is_feasible(ctx, np.array(tried[20:])).sum())
         return count
 
+    # in the second run, every architecture seems to meet the budget
     assert children_within(_excess) > 2 * children_within(lambda ctx, index_NC: {"target": -1.0})
 
 
-def test_limits_hold_beside_the_target() -> None:
+def test_limits_hold_in_addition_to_the_target() -> None:
     problem = Problem(0)
     ctx = problem.context(1)
     within_NC = problem.index_NC[is_feasible(ctx, problem.index_NC)]
-    most = int(np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC]))
-    ctx.limits = Limits(
-        problem.space, [ParamsLimit(kind="params", max_params=most)], LatencyTable.load
+    max_params = int(
+        np.median([problem.space.decode(problem.space.at(row)).params for row in within_NC])
     )
-    found = NSGA2(NSGA2Config(generations=5)).find(ctx, 1000)
-    assert len(found) >= 50
-    assert max(problem.space.decode(picks).params for picks in found) <= most
+    ctx.limits = Limits(
+        problem.space, [ParamsLimit(kind="params", max_params=max_params)], LatencyTable.load
+    )
+    proposals = NSGA2(NSGA2Config(generations=5)).find(ctx, 1000)
+    assert len(proposals) >= 50
+    assert max(problem.space.decode(picks).params for picks in proposals) <= max_params
 
 
 def test_draws_from_the_given_generator_only() -> None:
@@ -138,13 +144,13 @@ def test_draws_from_the_given_generator_only() -> None:
     assert run(0) != run(1)
 
 
-def test_an_empty_budget_has_no_answer() -> None:
+def test_a_budget_that_nothing_meets_gives_no_proposals() -> None:
     ctx = Problem(0).context(1)
     ctx.target = 0.5 * ctx.cost_model.range()[0]
     assert NSGA2(NSGA2Config(generations=2, population=4)).find(ctx, 5) == []
 
 
-def test_silent_and_leaves_optunas_log_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_is_silent_and_leaves_optunas_log_level_alone(capsys: pytest.CaptureFixture[str]) -> None:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.DEBUG)
     try:
@@ -158,8 +164,8 @@ def test_silent_and_leaves_optunas_log_as_it_was(capsys: pytest.CaptureFixture[s
 
 
 def test_more_accurate_faster_and_smaller_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optuna's front is that of all trials within the budget by (-quality, latency,
-    parameters), all three to be small.
+    """Optuna's front is that of all trials within the budget, minimising -quality,
+    latency and parameters.
     """
     studies, create_study = [], optuna.create_study
     monkeypatch.setattr(

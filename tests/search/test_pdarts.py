@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 
 class LoggedWeights(KnownWeights):
-    """Known weights that keep gates and dropout of every training step."""
+    """Known weights that log the gates and the dropout of every training step."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -39,14 +39,15 @@ class LoggedWeights(KnownWeights):
         self, gates: Sequence[Gates], *, split: bool, teach: bool, skip_dropout: float
     ) -> Metrics:
         self.gates += [
-            {key: np.asarray(gate).copy() for key, gate in each.items()} for each in gates
+            {key: np.asarray(gate).copy() for key, gate in path_gates.items()}
+            for path_gates in gates
         ]
         self.dropout.append(skip_dropout)
         return super().train(gates, split=split, teach=teach, skip_dropout=skip_dropout)
 
 
 def skippy_space() -> MacroSpace:
-    """Six slots of which five may be left out."""
+    """Six slots, five of which can be skipped."""
     options = ("ir_k3_e3", "ir_k5_e3", "ir_k7_e6", "skip")
     return MacroSpace(
         name="skippy",
@@ -80,8 +81,8 @@ def skips_of(picks: dict[str, object]) -> int:
     return sum(option == "skip" for option in picks.values())
 
 
-def test_kept_counts() -> None:
-    """The paper's 8 -> 5 -> 3, and its parts of other slots."""
+def test_counts_of_kept_options() -> None:
+    """The paper's 8 -> 5 -> 3, and the same fractions of other numbers of options."""
     parts = PDARTSConfig().keep
     assert [[kept_count(n, part) for part in parts] for n in (8, 7, 5, 4, 3, 2)] == [
         [8, 5, 3], [7, 4, 3], [5, 3, 2], [4, 3, 2], [3, 2, 1], [2, 1, 1],
@@ -99,7 +100,7 @@ def test_dropout_schedule() -> None:
     assert strategy.skip_dropout(1, 0.4) == pytest.approx(0.4)
 
 
-def test_defaults_are_the_papers() -> None:
+def test_the_defaults_match_the_paper() -> None:
     strategy = PDARTS(PDARTSConfig())
     strategy.setup(Problem(0).context(10))
     (group,) = strategy.alphas.optimizer.param_groups
@@ -113,8 +114,8 @@ def test_defaults_are_the_papers() -> None:
 
 
 def test_a_search_in_stages() -> None:
-    """75 steps: 25 per stage, of which 10 train only the weights; dropped options have
-    gate 0 for good; alpha starts again.
+    """75 steps: 25 per stage, of which 10 train only the weights. The gate of a dropped
+    option stays 0, and alpha starts again in every stage.
     """
     problem = Problem(3)
     ctx = problem.context(75)
@@ -131,28 +132,28 @@ def test_a_search_in_stages() -> None:
             kept_count(len(choice.options), part) if choice.kind == "op" else len(choice.options)
             for part in (1.0, 5 / 8, 3 / 8)
         ]
-        assert [len(each) for each in alive] == [count for count in counts for _ in range(25)]
+        assert [len(options) for options in alive] == [count for count in counts for _ in range(25)]
         for boundary in (25, 50):
             before, after = (
                 weights.gates[boundary - 1][choice.key],
                 weights.gates[boundary][choice.key],
             )
             kept = np.flatnonzero(after)
-            assert set(kept) == set(np.argsort(-before)[: len(kept)]), "the lowest go"
+            assert set(kept) == set(np.argsort(-before)[: len(kept)]), "the lowest are dropped"
             assert np.ptp(after[kept]) < 3e-3, "alpha starts near uniform again"
-            assert np.ptp(before[np.flatnonzero(before)]) > 0.01, "and had moved"
+            assert np.ptp(before[np.flatnonzero(before)]) > 0.01, "alpha had moved before"
 
 
 def test_stages_of_unequal_steps() -> None:
-    """Every step belongs to a stage, and a stage's part that is over starts at 0."""
+    """Every step is in one stage, and the completed fraction of a stage starts at 0."""
     ctx = Problem(0).context(10)
     strategy = PDARTS(PDARTSConfig())
     positions = []
     for ctx.step in range(10):
         positions.append(strategy.position(ctx))
     assert [stage for stage, _ in positions] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert all(0 <= over < 1 for _, over in positions)
-    assert [over for _, over in positions][:4] == [0.0, 0.3, 0.6, 0.9]
+    assert all(0 <= fraction < 1 for _, fraction in positions)
+    assert [fraction for _, fraction in positions][:4] == [0.0, 0.3, 0.6, 0.9]
 
 
 def test_resumes_on_either_side_of_a_boundary() -> None:
@@ -175,8 +176,10 @@ def test_resumes_on_either_side_of_a_boundary() -> None:
         assert proposed(late, late_ctx, 1, 6) == proposed(straight, ctx, 1, 6)
 
 
-def test_the_weakest_skips_are_deleted_and_the_next_best_option_comes() -> None:
-    """Four of five skips lead, two may stay: 0.7 and 0.6 do, 0.5 and 0.4 go."""
+def test_the_weakest_skips_are_replaced_by_the_next_best_option() -> None:
+    """Skip leads in four of five slots, and two may stay: 0.7 and 0.6 do, 0.5 and 0.4
+    are deleted.
+    """
     space = skippy_space()
     policy = {
         "s1.b0": np.array([0.5, 0.3, 0.2]),
@@ -196,14 +199,14 @@ def test_the_weakest_skips_are_deleted_and_the_next_best_option_comes() -> None:
     assert all(
         np.array_equal(p, with_few_skips(space, policy, 4)[key]) for key, p in policy.items()
     )
-    alone = {**policy, "s1.b4": np.array([0.0, 0.0, 0.0, 1.0])}
-    assert np.allclose(with_few_skips(space, alone, 0)["s1.b4"], [1 / 3, 1 / 3, 1 / 3, 0])
+    only_skip = {**policy, "s1.b4": np.array([0.0, 0.0, 0.0, 1.0])}
+    assert np.allclose(with_few_skips(space, only_skip, 0)["s1.b4"], [1 / 3, 1 / 3, 1 / 3, 0])
 
 
 @pytest.mark.parametrize(("max_skips", "most"), [(None, 2), (0, 0), (1, 1), (5, 3)])
 def test_proposals_keep_to_the_skip_limit(max_skips: int | None, most: int) -> None:
-    """Though alpha wants more: 3, where 5 are allowed. The default is a quarter of the
-    five slots that can, rounded up.
+    """Although alpha favours more: 3, if 5 are allowed. The default is a quarter of the
+    five slots that can be skipped, rounded up.
     """
     space = skippy_space()
     low, high = CostModel.of_table(space, synthetic_table(space)).range()
@@ -219,7 +222,7 @@ def test_proposals_keep_to_the_skip_limit(max_skips: int | None, most: int) -> N
 
 
 def test_the_budget_comes_before_the_skip_limit() -> None:
-    """Only architectures with four or five skips are that fast; they are proposed,
+    """Only architectures with four or five skips are that fast; they are proposed
     rather than none.
     """
     space = skippy_space()
@@ -273,7 +276,9 @@ def proposed_by(ctx: SearchContext) -> list[dict[str, str | int]]:
         ({"dropout": (0.0, 0.5, 1.0)}, "below 1"),
     ],
 )
-def test_options(options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_refused_and_valid_ones_accepted(
+    options: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         Plugin(name="pdarts", **options).options(PDARTS.Config)  # type: ignore[arg-type]
     assert Plugin(name="pdarts", keep=(1.0, 0.5), dropout=(0.0, 0.3)).options(

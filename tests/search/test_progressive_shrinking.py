@@ -1,4 +1,4 @@
-"""What is open when, by hand, and what the steps ask for."""
+"""Which options are open in each phase, by hand, and what the steps train."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hwnas.search.progressive_shrinking import (
     Opening,
     ProgressiveShrinking,
     ProgressiveShrinkingConfig,
-    allowed,
     largest_picks,
+    open_options,
     phases,
 )
 from hwnas.testing import tiny_space
@@ -28,11 +28,12 @@ torch.set_num_threads(1)
 
 
 def names(space: MacroSpace, opening: Opening, key: str) -> set[str | int]:
+    """The options of choice ``key`` that are open."""
     options = {choice.key: choice.options for choice in space.choices}[key]
-    return {options[i] for i in allowed(space, opening)[key]}
+    return {options[i] for i in open_options(space, opening)[key]}
 
 
-def test_what_is_open_in_an_elastic_space() -> None:
+def test_open_options_of_an_elastic_space() -> None:
     """Once-for-all's own table: kernel {7} -> {3, 5, 7}; depth {4} -> {3, 4} -> {2, 3,
     4}; expansion {6} -> {4, 6} -> {3, 4, 6}.
     """
@@ -55,9 +56,10 @@ def test_what_is_open_in_an_elastic_space() -> None:
         assert names(space, opening, "resolution") == {16, 24, 32}
 
 
-def test_what_is_open_in_the_conformance_space() -> None:
-    """Skips for depths; two expansions and two widths, so both sub-phases of either
-    open the same.
+def test_open_options_of_the_conformance_space() -> None:
+    """Skips take the place of depths. A stage has at most one skip, and there are two
+    expansions and two widths, so both sub-phases of depth and of expansion open the
+    same options.
     """
     space = tiny_space()
     large, both = {"ir_k5_e6"}, {"ir_k3_e6", "ir_k5_e6"}
@@ -77,8 +79,8 @@ def test_what_is_open_in_the_conformance_space() -> None:
 
 
 def test_skips_open_from_the_end_of_a_stage() -> None:
-    """The last slot that can be skipped first, as depth 3 of 4 leaves out the last
-    block; then all.
+    """The last slot that can be skipped opens first, as depth 3 of 4 leaves out the
+    last block; then all of them do.
     """
     slots = (("ir_k3_e3",), ("ir_k3_e3", "skip"), ("ir_k3_e3", "skip"), ("ir_k3_e3", "ir_k3_e6"))
     space = MacroSpace(
@@ -95,7 +97,7 @@ def test_skips_open_from_the_end_of_a_stage() -> None:
         assert names(space, Opening(None, None), f"{stage}.b1") == {"ir_k3_e3", "skip"}
 
 
-def test_options_that_are_no_grid() -> None:
+def test_options_that_do_not_form_a_grid() -> None:
     """Kinds, SE and groups open last; the largest is the widest expansion, then the
     largest kernel.
     """
@@ -125,17 +127,17 @@ def test_options_that_are_no_grid() -> None:
     ids=lambda space: space.name,
 )
 def test_each_phase_opens_more_until_everything_is_open(space: MacroSpace) -> None:
-    found = phases(space, ProgressiveShrinkingConfig())
+    all_phases = phases(space, ProgressiveShrinkingConfig())
     assert all(
-        len(found[0].allowed[choice.key]) == 1
+        len(all_phases[0].options[choice.key]) == 1
         for choice in space.choices
         if choice.kind != "resolution"
     )
-    for before, after in pairwise(found):
-        assert all(set(before.allowed[key]) <= set(after.allowed[key]) for key in before.allowed)
-        assert before.allowed != after.allowed
+    for before, after in pairwise(all_phases):
+        assert all(set(before.options[key]) <= set(after.options[key]) for key in before.options)
+        assert before.options != after.options
     assert all(
-        found[-1].allowed[choice.key] == tuple(range(len(choice.options)))
+        all_phases[-1].options[choice.key] == tuple(range(len(choice.options)))
         for choice in space.choices
     )
     ops = space.decode(largest_picks(space)).ops()
@@ -146,8 +148,8 @@ def test_each_phase_opens_more_until_everything_is_open(space: MacroSpace) -> No
 
 
 def test_shares_of_the_phases() -> None:
-    """All six in the paper's epochs; phases that open nothing go, and sub-phases that
-    open the same are one.
+    """All six phases have the paper's epochs. Phases that open nothing are left out,
+    and sub-phases that open the same options are merged.
     """
     config = ProgressiveShrinkingConfig()
     six = phases(elastic_space(), config)
@@ -170,9 +172,9 @@ def test_shares_of_the_phases() -> None:
     ]
 
 
-def test_steps_ask_for_what_the_phase_says() -> None:
-    """59 steps of 590 epochs: phases end at steps 18, 30, 32 (32.5 to even), 44 (44.5),
-    47 and 59; the teacher is taken once, at 18.
+def test_steps_train_what_the_phase_says() -> None:
+    """59 steps for the paper's 590 epochs: phases end at steps 18, 30, 32 (32.5 rounded
+    to even), 44 (44.5), 47 and 59; the teacher is taken once, at 18.
     """
     space = elastic_space()
     recorder = Recorder(space)
@@ -193,37 +195,38 @@ def test_steps_ask_for_what_the_phase_says() -> None:
     assert [row["phase"] for row in metrics] == number_of.tolist()
     for number, update in zip(number_of, recorder.updates, strict=True):
         for i, choice in enumerate(space.choices):
-            assert set(update.index_PC[:, i]) <= set(strategy.phases[number].allowed[choice.key]), (
+            assert set(update.index_PC[:, i]) <= set(strategy.phases[number].options[choice.key]), (
                 choice.key
             )
 
 
 def test_sub_networks_are_uniform_and_share_a_resolution() -> None:
-    """In the last phase: every option, and every resolution, as often as the others; in
-    the first phase every resolution too.
+    """In the last phase, every option and every resolution is equally frequent; the
+    first phase has every resolution too.
     """
     space = elastic_space()
     recorder = Recorder(space)
     strategy, ctx = ProgressiveShrinking(ProgressiveShrinkingConfig()), recorder.context(3000)
     strategy.setup(ctx)
     run_steps(strategy, ctx, strategy.ends[-2], 3000)
-    size = [choice.key for choice in space.choices].index("resolution")
-    assert all(len(set(update.index_PC[:, size])) == 1 for update in recorder.updates)
+    resolution_column = [choice.key for choice in space.choices].index("resolution")
+    assert all(len(set(update.index_PC[:, resolution_column])) == 1 for update in recorder.updates)
     assert np.mean([len(set(update.index_PC[:, 0])) > 1 for update in recorder.updates]) > 0.9
     for i, choice in enumerate(space.choices):
-        count = len(recorder.trained) / (4 if i == size else 1)
+        # the four paths of a step share one draw of the resolution
+        count = len(recorder.trained) / (4 if i == resolution_column else 1)
         p = 1 / len(choice.options)
-        found = np.bincount(recorder.trained[:, i], minlength=len(choice.options)) / len(
+        shares = np.bincount(recorder.trained[:, i], minlength=len(choice.options)) / len(
             recorder.trained
         )
-        assert np.all(np.abs(found - p) < 4 * np.sqrt(p * (1 - p) / count)), choice.key
+        assert np.all(np.abs(shares - p) < 4 * np.sqrt(p * (1 - p) / count)), choice.key
     recorder.updates.clear()
     run_steps(strategy, ctx, 0, 60)
-    assert set(recorder.trained[:, size]) == {0, 1, 2}
+    assert set(recorder.trained[:, resolution_column]) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20])
-def test_short_searches(steps: int) -> None:
+def test_short_searches_start_with_the_largest_network(steps: int) -> None:
     """However few steps there are, the first trains the largest network, and nothing is
     taught before there is a teacher.
     """

@@ -23,7 +23,7 @@ from hwnas.core.spaces import load_space
 from hwnas.core.table import Entry, LatencyTable
 from hwnas.search.budget import distance, repair, tilt_policy
 from hwnas.search.evolution import Evolution, EvolutionConfig
-from hwnas.search.fbnet import sampled_feasible
+from hwnas.search.fbnet import sample_policy_feasible
 from hwnas.search.nsga2 import NSGA2, NSGA2Config
 from hwnas.search.proposal import (
     gather_feasible,
@@ -85,43 +85,47 @@ def uniform(space: SearchSpace) -> Policy:
     }
 
 
-def assert_distinct_within(ctx: SearchContext, found: list[Picks], count: int) -> None:
-    index_NC = np.array([ctx.space.index(picks) for picks in found])
-    assert len(found) == count
+def assert_distinct_within(ctx: SearchContext, architectures: list[Picks], count: int) -> None:
+    index_NC = np.array([ctx.space.index(picks) for picks in architectures])
+    assert len(architectures) == count
     assert is_feasible(ctx, index_NC).all()
     assert len({ctx.space.canonical(row).tobytes() for row in index_NC}) == count
 
 
-REVIEWED = {"mobile32": 2.73154, "proxylessnas": 22.42024, "proxylessnas_enlarged": 27.9984}
-"""What a random local search of 600,000 architectures at the target reached on
-``by_params``, in milliseconds.
+BEST_KNOWN_MS = {"mobile32": 2.73154, "proxylessnas": 22.42024, "proxylessnas_enlarged": 27.9984}
+"""The best latency in milliseconds, by ``by_params``, that a random local search found
+among 600,000 architectures at the target.
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REVIEWED)
-def test_two_tables_that_disagree(name: str) -> None:
-    """Limits that chance never meets: 5 % and 15 % above the best known, and at it."""
+@pytest.mark.parametrize("name", BEST_KNOWN_MS)
+def test_limits_of_two_tables_that_disagree_are_met(name: str) -> None:
+    """Limits that random sampling hardly ever meets: 15 % and 5 % above the best known,
+    and at it.
+    """
     space = space_of(name)
     table = other_table(space, by_params)
     for factor, count in ((1.15, 50), (1.05, 50), (1.0, 1)):
         ctx = context(
             space,
-            LatencyLimit(kind="latency", table="board", max_ms=factor * REVIEWED[name] + 1e-6),
+            LatencyLimit(kind="latency", table="board", max_ms=factor * BEST_KNOWN_MS[name] + 1e-6),
             table=table,
         )
         assert (
             not is_feasible(ctx, uniform_index(space, 20_000, np.random.default_rng(1))).any()
             or factor > 1.1
         )
-        begun = time.process_time()
+        start = time.process_time()
         assert_distinct_within(ctx, sample_feasible(ctx, count, np.random.default_rng(0)), count)
-        assert time.process_time() - begun < 2
+        assert time.process_time() - start < 2  # seconds of CPU time
         assert_distinct_within(ctx, propose_feasible(ctx, uniform(space), count), count)
 
 
 def crowded(board_ms: float, macs: int, bytes_: int) -> SearchContext:
-    """mobile32 at a target, limited by a second table, multiply-accumulates and peak memory."""
+    """mobile32 at a target, with limits on a second table, multiply-accumulates and
+    peak memory.
+    """
     space = space_of("mobile32")
     limits: list[Limit] = [
         LatencyLimit(kind="latency", table="board", max_ms=board_ms),
@@ -145,7 +149,9 @@ FINDERS = {
 
 
 def peaked(space: SearchSpace) -> Policy:
-    """96 % for the last option of every choice: of slots the slowest, or none at all."""
+    """Strongly prefers the last option of every choice: for slots the slowest block, or
+    skip.
+    """
     return {
         choice.key: np.array([*[0.04] * (len(choice.options) - 1), 0.96])
         for choice in space.choices
@@ -154,9 +160,9 @@ def peaked(space: SearchSpace) -> Policy:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_every_limit_is_met_by_as_many_as_asked_for(budget: str) -> None:
-    """By all finders, and from policies that know nothing of limits; 400,000 random
-    ones hold many, a few, or none.
+def test_as_many_architectures_as_requested_meet_every_limit(budget: str) -> None:
+    """With all finders, and from policies that know nothing of the limits. Of 400,000
+    random architectures, many, a few or none meet them.
     """
     ctx = crowded(*BUDGETS[budget])
     drawn_NC = uniform_index(ctx.space, 400_000, np.random.default_rng(1))
@@ -174,42 +180,42 @@ def test_every_limit_is_met_by_as_many_as_asked_for(budget: str) -> None:
         index_NC = np.array([ctx.space.index(picks) for picks in recorder.evaluated])
         assert is_feasible(ctx, index_NC).all(), name
     for policy in (uniform(ctx.space), peaked(ctx.space)):
-        for propose in (propose_feasible, sampled_feasible):
+        for propose in (propose_feasible, sample_policy_feasible):
             assert_distinct_within(ctx, propose(ctx, policy, 50), 50)
 
 
-def test_all_there_are() -> None:
-    """Against trying everything: where limits leave a few of tiny_space, these are
-    found, each once, and no other.
+def test_all_architectures_within_tight_limits_are_found() -> None:
+    """Against exhaustive search: if limits leave a few architectures of tiny_space,
+    exactly these are found, each once.
     """
     problem = Problem(0)
     ctx = problem.context(1)
     within_NC = problem.index_NC[is_feasible(ctx, problem.index_NC)]
     board = other_table(problem.space, by_kernel)
-    most = float(np.percentile(CostModel.of_table(problem.space, board).costs(within_NC), 10))
+    max_ms = float(np.percentile(CostModel.of_table(problem.space, board).costs(within_NC), 10))
     ctx.limits = Limits(
         problem.space,
-        [LatencyLimit(kind="latency", table="board", max_ms=most)],
+        [LatencyLimit(kind="latency", table="board", max_ms=max_ms)],
         lambda path: board,
     )
     expected = {tuple(row) for row in within_NC[ctx.limits.feasible(within_NC)]}
     assert 10 <= len(expected) < 30
-    for found in (
+    for architectures in (
         sample_feasible(ctx, 100, np.random.default_rng(0)),
         propose_feasible(ctx, uniform(ctx.space), 100),
     ):
-        assert len(found) == len(expected)
-        assert {tuple(ctx.space.index(picks)) for picks in found} == expected
+        assert len(architectures) == len(expected)
+        assert {tuple(ctx.space.index(picks)) for picks in architectures} == expected
 
 
-def test_moves_end_within_the_budget_or_nearer() -> None:
-    """Single changes alone get stuck where two tables disagree; pairs lead on. What is
-    within already stays.
+def test_repairs_end_within_the_budget_or_nearer() -> None:
+    """Single changes get stuck where two tables disagree, and pairs of changes help.
+    What is already within the budget stays.
     """
     space = space_of("mobile32")
     ctx = context(
         space,
-        LatencyLimit(kind="latency", table="board", max_ms=1.05 * REVIEWED["mobile32"]),
+        LatencyLimit(kind="latency", table="board", max_ms=1.05 * BEST_KNOWN_MS["mobile32"]),
         table=other_table(space, by_params),
     )
     starts_NC = uniform_index(space, 100, np.random.default_rng(0))
@@ -222,9 +228,9 @@ def test_moves_end_within_the_budget_or_nearer() -> None:
     assert len(repair(ctx, starts_NC[:0])) == 0
 
 
-def test_peaks_that_several_ops_share_go_down() -> None:
-    """No single change lowers the maximum of two equal ops; the number of ops above the
-    limit falls all the same.
+def test_peaks_that_several_ops_share_are_lowered() -> None:
+    """No single change lowers the maximum of two equal ops, but the number of ops above
+    the limit falls.
     """
     ctx = crowded(1e3, 10**9, 66_000)
     assert ctx.limits is not None
@@ -241,9 +247,9 @@ def test_peaks_that_several_ops_share_go_down() -> None:
     assert ctx.limits.feasible(repair(ctx, peak_C[None]))[0]
 
 
-def test_a_tilt_meets_sums_in_expectation() -> None:
-    """At the target, below the limits but close, and no further from the given policy
-    than another policy that is so.
+def test_a_tilted_policy_meets_the_budget_in_expectation() -> None:
+    """The tilted policy is at the target, below the limit but close to it, and no
+    further from the given policy than any other such policy.
     """
     space = space_of("mobile32")
     table = other_table(space, by_kernel)
@@ -255,29 +261,29 @@ def test_a_tilt_meets_sums_in_expectation() -> None:
     assert (
         is_feasible(ctx, policy_index(space, policy, 4096, np.random.default_rng(0))).mean() > 0.05
     )
-    # the form of the closest one: log p is linear in both prices
+    # the closest such policy has this form: log p is linear in both marginal costs
     keys = [choice.key for choice in space.choices]
-    prices = [cost.marginals(policy) for cost in (ctx.cost_model, board)]
+    marginals = [cost.marginals(policy) for cost in (ctx.cost_model, board)]
     centred = [
-        np.concatenate([each[key] - each[key].mean() for key in keys])
-        for each in (*prices, {k: np.log(policy[k]) for k in keys})
+        np.concatenate([values[key] - values[key].mean() for key in keys])
+        for values in (*marginals, {k: np.log(policy[k]) for k in keys})
     ]
     (_, nu), (residual,), *_ = np.linalg.lstsq(
         np.stack(centred[:2], axis=1), centred[2], rcond=None
     )
     assert nu < 0
     assert residual < 1e-6
-    # a limit that the target's tilt meets anyway changes nothing
+    # a limit that the policy tilted to the target meets anyway changes nothing
     loose = context(space, LatencyLimit(kind="latency", table="board", max_ms=1e3), table=table)
-    alone = tilt_policy(context(space), uniform(space))
+    unlimited = tilt_policy(context(space), uniform(space))
     assert all(
-        np.allclose(p, alone[key], atol=1e-4)
+        np.allclose(p, unlimited[key], atol=1e-4)
         for key, p in tilt_policy(loose, uniform(space)).items()
     )
 
 
-def test_architectures_are_sampled_once_whatever_names_them() -> None:
-    """With depths to choose, picks that differ only in blocks that are left out are one
+def test_architectures_are_sampled_once_whatever_picks_describe_them() -> None:
+    """In a space with depths, picks that differ only in omitted blocks are one
     architecture.
     """
     space = elastic_space()
@@ -287,20 +293,20 @@ def test_architectures_are_sampled_once_whatever_names_them() -> None:
         for choice in space.choices
         if choice.kind == "depth"
     }
-    for found in (
-        sampled_feasible(ctx, shallow, 40),
+    for architectures in (
+        sample_policy_feasible(ctx, shallow, 40),
         propose_feasible(ctx, shallow, 40),
         sample_feasible(ctx, 40, ctx.rng),
     ):
-        assert len(found) > 4
-        assert_distinct_within(ctx, found, len(found))
-        assert len({space.decode(picks).blocks for picks in found}) == len(found)
-    named_NC = policy_index(space, shallow, 4096, ctx.rng)
+        assert len(architectures) > 4
+        assert_distinct_within(ctx, architectures, len(architectures))
+        assert len({space.decode(picks).blocks for picks in architectures}) == len(architectures)
+    drawn_NC = policy_index(space, shallow, 4096, ctx.rng)
     gathered: dict[bytes, np.ndarray] = {}
-    gather_feasible(ctx, named_NC, gathered)
-    names_NC = np.unique(named_NC[is_feasible(ctx, named_NC)], axis=0)
+    gather_feasible(ctx, drawn_NC, gathered)
+    distinct_NC = np.unique(drawn_NC[is_feasible(ctx, drawn_NC)], axis=0)
     assert (
-        len(names_NC)
+        len(distinct_NC)
         > len(gathered)
-        == len({space.decode(space.at(row)).blocks for row in names_NC})
+        == len({space.decode(space.at(row)).blocks for row in distinct_NC})
     )

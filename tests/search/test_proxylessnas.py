@@ -32,10 +32,10 @@ from tests.search.known_recorder import PROBLEM, KnownRecorder, fill, step_at
 torch.set_num_threads(1)
 
 
-def surroundings(
+def recorded_context(
     steps: int = 100, problem: Problem = PROBLEM
 ) -> tuple[SearchContext, KnownRecorder]:
-    return known_recorder.surroundings(steps, problem)
+    return known_recorder.recorded_context(steps, problem)
 
 
 def prepared(
@@ -65,12 +65,12 @@ def test_two_path_step_by_hand() -> None:
     """alpha = (ln 3, 0, far below): p = (3/4, 1/4). With dL/dg = (1, -1): 1 * 3/4 * 1/4
     + (-1) * 1/4 * (-3/4) = 3/8, and -3/8.
 
-    Adam's first step moves them by the rate, 0.1, down: 3 e^-0.1 + e^0.1 = 3.819683
-    where there was 4, so both move up by 0.046127.
+    Adam's first step moves each by the rate, 0.1, against its gradient: 3 e^-0.1 +
+    e^0.1 = 3.819683 instead of 4, so both then move up by 0.046127.
     """
     problem = Problem(0)
     problem.gains["s1.b0"] = np.array([-1.0, 1.0, 0.0, 0.0])
-    ctx, recorder = surroundings(problem=problem)
+    ctx, recorder = recorded_context(problem=problem)
     strategy = prepared(
         ctx, {"s1.b0": [math.log(3), 0.0, -40.0, -41.0]}, alpha_lr=0.1, latency_weight=0.0
     )
@@ -88,7 +88,9 @@ def test_two_path_step_by_hand() -> None:
 def slopes(
     options: dict[str, Any], loss: float, latency: float, target: float
 ) -> tuple[float, float]:
-    """By hand: the combined loss's derivatives by the cross-entropy and by the expected latency."""
+    """Derivatives of the combined loss by the cross-entropy and by the expected
+    latency, by hand.
+    """
     if options["latency_loss"] == "add_linear":
         return 1.0, 0.1 / target
     if options["latency_loss"] == "absolute":
@@ -101,10 +103,11 @@ def slopes(
 @pytest.mark.parametrize("latency_loss", ["absolute", "add_linear", "mul_log"])
 def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
     """sum_j dL/dg_j p_j (delta_ij - p_i) over the running options, and the same with
-    dE[lat]/dp; others 0; nothing where skip is active.
+    dE[lat]/dp. Other options have 0, and a choice whose active option is skip has no
+    gradient.
     """
     options = {"mode": mode, "latency_loss": latency_loss, "unit_ms": 1e-3}
-    ctx, recorder = surroundings()
+    ctx, recorder = recorded_context()
     skipped = 0
     for draw in range(12):
         strategy = prepared(ctx, **options)
@@ -125,10 +128,10 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
         marginal_ms = ctx.cost_model.marginals(p)
         for choice in ctx.space.choices:
             key = choice.key
-            found = strategy.alphas.values[key].grad
+            gradient = strategy.alphas.values[key].grad
             if choice.options[active[key]] == "skip":
                 skipped += 1
-                assert found is None
+                assert gradient is None
                 assert np.allclose(softmax(values(strategy)[key]), softmax(before[key]), atol=1e-15)
                 continue
             by_gate = by_loss * -PROBLEM.gains[key] + by_ms * marginal_ms[key]
@@ -140,8 +143,8 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
                     for i in range(len(by_gate))
                 ]
             )
-            assert found is not None
-            assert np.allclose(found, expected, rtol=1e-9, atol=1e-14)
+            assert gradient is not None
+            assert np.allclose(gradient, expected, rtol=1e-9, atol=1e-14)
             assert np.abs(expected).max() > 1e-8
     assert skipped > 0
 
@@ -155,7 +158,7 @@ def test_gradient_is_the_closed_form(mode: str, latency_loss: str) -> None:
 def test_a_two_path_update_leaves_other_probabilities_alone(
     alphas: list[float], alpha_lr: float, draw: int
 ) -> None:
-    ctx, recorder = surroundings()
+    ctx, recorder = recorded_context()
     strategy = prepared(
         ctx,
         {choice.key: alphas[: len(choice.options)] for choice in ctx.space.choices},
@@ -175,8 +178,8 @@ def test_a_two_path_update_leaves_other_probabilities_alone(
     assert moved > 1e-6
 
 
-def test_mass_is_kept_by_the_old_over_the_new_sum() -> None:
-    """(0, 0, 0) -> (1, -1, 0): both by -log((e + 1/e) / 2) = -0.433781."""
+def test_keep_mass_scales_by_the_old_over_the_new_sum() -> None:
+    """(0, 0, 0) -> (1, -1, 0): both move by -log((e + 1/e) / 2) = -0.433781."""
     alpha = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
     keep_mass(alpha, torch.zeros(3, dtype=torch.float64), [0, 1])
     assert alpha.tolist() == pytest.approx([0.566219, -1.433781, 0.0], abs=1e-6)
@@ -199,6 +202,7 @@ def test_pairs_are_distributed_as_drawn_without_replacement() -> None:
     rng = np.random.default_rng(0)
     counts = np.zeros((3, 3))
     for _ in range(draws):
+        # adding a constant to all alphas changes no probability
         counts[tuple(draw_running(np.log(p) + 2.0, "two", rng))] += 1
     for i in range(3):
         for j in range(3):
@@ -207,6 +211,7 @@ def test_pairs_are_distributed_as_drawn_without_replacement() -> None:
                 if i == j
                 else p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])) * p[i] / (p[i] + p[j])
             )
+            # within four standard errors
             assert abs(counts[i, j] / draws - expected) <= 4 * math.sqrt(
                 expected * (1 - expected) / draws
             )
@@ -223,8 +228,10 @@ def test_full_runs_everything_and_draws_the_active_from_the_policy() -> None:
 
 @pytest.mark.slow
 def test_weights_are_trained_on_one_path_at_a_time() -> None:
-    """Gates of exactly one 1 and otherwise exact zeros, drawn from softmax(alpha)."""
-    ctx, recorder = surroundings()
+    """Gates have exactly one 1 and otherwise exact zeros, and are drawn from
+    softmax(alpha).
+    """
+    ctx, recorder = recorded_context()
     strategy = prepared(ctx, arch_every=1000)
     for draw in range(1500):
         step(strategy, ctx, draw=draw)
@@ -237,7 +244,7 @@ def test_weights_are_trained_on_one_path_at_a_time() -> None:
 
 
 def test_skip_as_the_active_option_leaves_alpha_and_its_moments_alone() -> None:
-    ctx, recorder = surroundings()
+    ctx, recorder = recorded_context()
     strategy = prepared(ctx, {"s1.b1": [0.0, 0.1, 0.2, 0.3, 20.0]}, alpha_lr=0.1)
     strategy.alphas.apply(
         {
@@ -256,17 +263,17 @@ def test_skip_as_the_active_option_leaves_alpha_and_its_moments_alone() -> None:
 
 
 def test_schedule() -> None:
-    """Of 1,600 steps, 400 train weights only, and so do the 10 that are the paper's
-    first joint epoch; then every 5th moves alpha.
+    """Of 1,600 steps, 400 train only weights, and so do the next 10, the paper's first
+    joint epoch; then every 5th updates alpha.
     """
-    ctx, recorder = surroundings(steps=1600)
+    ctx, recorder = recorded_context(steps=1600)
     strategy = ProxylessNAS(ProxylessNASConfig())
     strategy.setup(ctx)
     start = values(strategy)
-    learnt = [
+    alpha_steps = [
         number for number in range(1600) if (setattr(ctx, "step", number), strategy.learns(ctx))[1]
     ]
-    assert learnt == list(range(414, 1600, 5))
+    assert alpha_steps == list(range(414, 1600, 5))
     for number in (0, 399, 409, 413):
         step(strategy, ctx, number)
     assert all(np.array_equal(alpha, start[key]) for key, alpha in values(strategy).items())
@@ -294,7 +301,7 @@ def test_reinforce_by_hand(reward: str) -> None:
     """grad = -mean over paths of (R - b) (onehot - p); b is the first mean, then b +
     0.99 (mean - b).
     """
-    ctx, recorder = surroundings()
+    ctx, recorder = recorded_context()
     strategy = prepared(ctx, gradient="reinforce", reward=reward, alpha_lr=0.05)
     baseline = None
     for draw in range(3):
@@ -327,7 +334,7 @@ def test_reinforce_by_hand(reward: str) -> None:
     assert recorder.differentiated == []
 
 
-def test_open_resolutions_are_refused_where_options_run_together() -> None:
+def test_open_resolutions_are_refused_if_several_options_run_at_once() -> None:
     stages = (SpaceStage(widths=(8,), slots=(("cn_k3", "cn_k5"),)),)
     space = MacroSpace(name="sizes", resolution=32, resolutions=(24, 32), classes=3, stages=stages)
     with pytest.raises(SpaceError, match=r"'resolution' of space sizes.*24, 32"):
@@ -336,8 +343,8 @@ def test_open_resolutions_are_refused_where_options_run_together() -> None:
     ProxylessNAS(ProxylessNASConfig()).check(space.restrict({"resolution": [32]}))
 
 
-def test_a_logarithm_that_does_not_exist_is_refused_before_the_search() -> None:
-    ctx, _ = surroundings()
+def test_an_undefined_logarithm_is_refused_before_the_search() -> None:
+    ctx, _ = recorded_context()
     strategy = ProxylessNAS(ProxylessNASConfig(latency_loss="mul_log", unit_ms=1000.0))
     with pytest.raises(TargetError, match="unit_ms"):
         strategy.setup(ctx)

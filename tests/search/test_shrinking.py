@@ -1,5 +1,5 @@
-"""Shrinking by hand: the angle of two layers, means of children, what is drawn, what
-leaves and what stays.
+"""Shrinking by hand: the angle of two layers, means over children, sampling, and which
+operators are dropped and which are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.search.staging import elastic_digits_space
 
 
 def two_layers() -> MacroSpace:
-    """A 1 x 1 convolution, or one of 3 x 3 in its place, of one channel, and a classifier."""
+    """A 1 x 1 or a 3 x 3 convolution of one channel, and a classifier."""
     return MacroSpace(
         name="two",
         resolution=4,
@@ -47,8 +47,8 @@ def two_layers() -> MacroSpace:
 
 
 def test_the_angle_of_two_layers_by_hand() -> None:
-    """V0 = (3; 0, 4), V = (4; 0, 3): <V0, V> = 24 of norms 5 and 5. Of the other option
-    V0 and V agree.
+    """V0 = (3; 0, 4), V = (4; 0, 3): <V0, V> = 24, and both norms are 5. With the other
+    option, V0 and V are parallel.
     """
     space = two_layers()
     initial, trained = (
@@ -83,7 +83,7 @@ def test_kept_moments_give_the_angle_of_the_extracted_networks() -> None:
             assert angles.of(picks) == pytest.approx(angle(a, b), abs=1e-12)  # type: ignore[arg-type]
 
 
-def test_an_angle_without_weights_is_no_number() -> None:
+def test_an_angle_without_weights_is_nan() -> None:
     assert math.isnan(arc(moments([(torch.zeros(3), torch.ones(3))])))
     assert arc(moments([(torch.ones(2), -torch.ones(2))])) == pytest.approx(math.pi)
 
@@ -98,8 +98,8 @@ SPACE = elastic_digits_space().restrict(
 FIXED: dict[str, Any] = {"s0.width": 8, "s2.width": 24}
 
 
-def child(one: str, two: str) -> dict[str, Any]:
-    return {**FIXED, "s1.b1": one, "s1.b2": two}
+def child(first: str, second: str) -> dict[str, Any]:
+    return {**FIXED, "s1.b1": first, "s1.b2": second}
 
 
 def test_operator_scores_by_hand() -> None:
@@ -109,7 +109,7 @@ def test_operator_scores_by_hand() -> None:
     }  # fmt: skip
 
 
-def test_widths_are_no_operators() -> None:
+def test_widths_are_not_operators() -> None:
     assert [choice.key for choice in shrinkable(SPACE)] == ["s1.b1", "s1.b2"]
     assert len(operators(nasbench_macro())) == 24
 
@@ -136,17 +136,17 @@ SCORES = {A: 1.0, B: 2.0, C: 3.0, D: 5.0, E: 4.0}
         ({"drop": "each", "keep": 2}, [A]),
     ],
 )
-def test_the_lowest_leave_but_never_the_last_of_a_choice(
+def test_the_lowest_are_dropped_but_never_the_last_of_a_choice(
     settings: dict[str, Any], expected: list[Any]
 ) -> None:
     assert select_drops(SPACE, SCORES, ShrinkConfig(**settings)) == expected
 
 
-def test_what_has_no_score_stays() -> None:
+def test_operators_without_a_score_are_kept() -> None:
     assert select_drops(SPACE, {C: 1.0, E: 2.0}, ShrinkConfig(dropped=5)) == [C, E]
 
 
-def test_the_space_that_is_left_is_a_document_of_its_own() -> None:
+def test_the_remaining_space_is_a_document_of_its_own() -> None:
     left = remove_operators(SPACE, [A, E], "left")
     assert isinstance(left, MacroSpace)
     assert MacroSpace.parse(left.to_json()).sha256 == left.sha256 != SPACE.sha256
@@ -158,16 +158,17 @@ def test_the_space_that_is_left_is_a_document_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("sampling", ["architectures", "depths"])
-def test_children_differ_and_every_operator_is_in_enough(sampling: Any) -> None:
+def test_children_differ_and_every_operator_is_in_enough_of_them(sampling: Any) -> None:
     space = nasbench_macro()
     children = sample_children(space, ShrinkConfig(sampling=sampling), 20, np.random.default_rng(0))
+    # one child counts for several of the 24 operators
     assert len({tuple(picks.items()) for picks in children}) == len(children) < 24 * 20 / 4
     for choice in space.choices:
         counts = Counter(picks[choice.key] for picks in children)
         assert all(counts[option] >= 20 for option in choice.options)
 
 
-def test_a_small_space_is_sampled_whole() -> None:
+def test_a_small_space_is_sampled_completely() -> None:
     children = sample_children(SPACE, ShrinkConfig(), 1000, np.random.default_rng(0))
     assert len({tuple(sorted(picks.items())) for picks in children}) == len(children) == SPACE.size
 
@@ -223,33 +224,35 @@ def test_the_angle_of_an_operator_is_the_mean_over_its_children() -> None:
         for seed in (0, 1)
     )
     children = [child("ir_k3_e3", "skip"), child("skip", "skip"), child("ir_k5_e3", "ir_k3_e3")]
-    found = Angle().scores(
+    scores = Angle().scores(
         MetricContext(SPACE, np.random.default_rng(0), children, initial, trained)
     )
-    each = [angle(initial.extract(picks), trained.extract(picks)) for picks in children]  # type: ignore[arg-type]
-    assert found["s1.b2", "skip"] == pytest.approx((each[0] + each[1]) / 2)
-    assert found["s1.b1", "ir_k5_e3"] == pytest.approx(each[2])
+    angles = [angle(initial.extract(picks), trained.extract(picks)) for picks in children]  # type: ignore[arg-type]
+    assert scores["s1.b2", "skip"] == pytest.approx((angles[0] + angles[1]) / 2)
+    assert scores["s1.b1", "ir_k5_e3"] == pytest.approx(angles[2])
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"metrics": ["angle", "angle"]}, "'angle' twice"),
         ({"operation_on": ["edge", "node"]}, "only go from node to edge to op"),
     ],
 )
-def test_settings_that_contradict_themselves(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_contradictory_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ShrinkConfig(**settings)
 
 
-def test_an_unknown_metric_is_said() -> None:
+def test_an_unknown_metric_is_reported_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="unknown metric 'angel'; did you mean 'angle'"):
         SHRINK_METRICS.get("angel")
 
 
-def test_an_operator_counts_where_its_edge_is_kept() -> None:
-    """Of a DARTS cell every node keeps two edges: what stands on the others says nothing."""
+def test_an_operator_counts_only_where_its_edge_is_kept() -> None:
+    """Every node of a DARTS cell keeps two edges. The options on its other edges say
+    nothing about an architecture.
+    """
     space = darts(channels=4, layers=5, resolution=8).restrict(
         {"normal.n3.inputs": ["0+1"], "normal.n5.inputs": ["0+1", "3+4"]}
     )
@@ -258,8 +261,8 @@ def test_an_operator_counts_where_its_edge_is_kept() -> None:
     kept = [picks for picks in children if picks["normal.n5.inputs"] == "3+4"]
     assert 0 < len(kept) < len(children)
     for option in {str(picks["normal.e3-5"]) for picks in children}:
-        having = [picks for picks in kept if picks["normal.e3-5"] == option]
-        assert len(having) >= 2
-        means = operator_means(space, children, [float(picks in having) for picks in children])
+        with_option = [picks for picks in kept if picks["normal.e3-5"] == option]
+        assert len(with_option) >= 2
+        means = operator_means(space, children, [float(picks in with_option) for picks in children])
         assert means["normal.e3-5", option] == 1.0
     assert ("normal.e2-3", "none") not in operator_means(space, children, [0.0] * len(children))

@@ -47,6 +47,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
+    """The table of a simulated device that was profiled."""
     device = Device(id="simulated", soc="none", connection="simulated")
     config = ProfileConfig(rounds=3, max_rounds=3)
     folder = tmp_path_factory.mktemp("profile")
@@ -67,10 +68,10 @@ def test_every_strategy_is_tested_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
-    """The only line that changes is the strategy; what it finds is within 2 % of the
-    target, and better than chance.
+    """Only the strategy changes; what it finds is within 2 % of the target and better
+    than chance.
     """
-    # the second order costs 2.5 times as much
+    # DARTS's second order costs 2.5 times as much
     options = {**OPTIONS[strategy], **({"order": 1} if strategy == "darts" else {})}
     run(tmp_path / "search", experiment(strategy={"name": strategy, **options}, epochs=4.0), table)
     space, cost = elastic_digits_space(), CostModel.of_table(elastic_digits_space(), table)
@@ -81,7 +82,7 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     assert result.table_sha256 == table.sha256
     assert result.steps == 144
     assert 1 <= len(result.candidates) <= 3
-    shares = strategy != "random_standalone"  # networks that share nothing say nothing about others
+    shares = strategy != "random_standalone"  # standalone networks say nothing about others
     assert len(result.random) == len(result.random_anywhere) == (2 if shares else 0)
     assert (tmp_path / "search" / SUPERNET_FILE).exists() == shares
     for candidates in (result.candidates, result.random):
@@ -113,8 +114,8 @@ def test_end_to_end(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
 def resumed_bit_for_bit(
     folder: Path, config: Experiment, table: LatencyTable, kills: tuple[tuple[str, int], ...]
 ) -> None:
-    """Killed where ``kills`` say, each time checkpointed at every step, against a run
-    that was not.
+    """Compare a run that is killed where ``kills`` say, with a checkpoint at every
+    step, with a run that is not killed.
     """
     run(folder / "straight", config, table)
     for where, steps in kills:
@@ -132,12 +133,12 @@ def resumed_bit_for_bit(
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_resumed_bit_for_bit(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
     """Killed in warm-up, while the policy learns, and while proposals are ranked."""
-    config = experiment(strategy={"name": strategy, **OPTIONS[strategy]}, epochs=0.7)
+    config = experiment(strategy={"name": strategy, **OPTIONS[strategy]}, epochs=0.45)
     resumed_bit_for_bit(
         tmp_path,
         config,
         table,
-        (("searching", 4), ("searching", 9), ("searching", 7), ("ranking", 1)),
+        (("searching", 3), ("searching", 6), ("searching", 4), ("ranking", 1)),
     )
 
 
@@ -160,8 +161,8 @@ def test_resumed_bit_for_bit(strategy: str, table: LatencyTable, tmp_path: Path)
 def test_resumed_bit_for_bit_with_super_net_settings(
     strategy: str, supernet: dict[str, Any], table: LatencyTable, tmp_path: Path
 ) -> None:
-    """Everything that draws in the middle of a step (dropout, channels), keeps
-    statistics, or has a teacher.
+    """Settings that draw random numbers within a step (dropout, channels), keep
+    statistics, or have a teacher.
     """
     options = {
         **OPTIONS[strategy],
@@ -178,7 +179,7 @@ def test_resumed_bit_for_bit_with_super_net_settings(
 
 
 def test_random_architectures_cover_the_tolerance_band(table: LatencyTable) -> None:
-    """Against everything there is: all of them, each once, and no other."""
+    """Against exhaustive search: exactly the architectures of the band, each once."""
     from hwnas.core.objective import AbsoluteObjective
     from hwnas.search.strategy import SearchContext
 
@@ -193,19 +194,19 @@ def test_random_architectures_cover_the_tolerance_band(table: LatencyTable) -> N
             ),
             -1,
         )
-        every = grid.reshape(-1, len(space.choices))
-        expected = {tuple(row) for row in every[is_feasible(ctx, every)]}
-        found = [
+        all_index = grid.reshape(-1, len(space.choices))
+        expected = {tuple(row) for row in all_index[is_feasible(ctx, all_index)]}
+        sampled = [
             tuple(space.index(picks))
-            for picks in sample_feasible(ctx, len(every), np.random.default_rng(0))
+            for picks in sample_feasible(ctx, len(all_index), np.random.default_rng(0))
         ]
-        assert len(found) == len(set(found))
-        assert set(found) == expected
+        assert len(sampled) == len(set(sampled))
+        assert set(sampled) == expected
 
 
-def test_targets_that_chance_does_not_meet() -> None:
-    """Near the ends of a large space rejection finds nothing; samples are then moved to
-    the target.
+def test_targets_that_random_sampling_does_not_meet() -> None:
+    """Near the ends of the range of a large space, rejection sampling finds nothing;
+    samples are then moved to the target.
     """
     from hwnas.core.objective import AbsoluteObjective
     from hwnas.core.spaces import proxylessnas
@@ -219,24 +220,26 @@ def test_targets_that_chance_does_not_meet() -> None:
         target = low + part * (high - low)
         ctx = SearchContext(space, cost, AbsoluteObjective(), target, 0.005, 1, 1)
         assert not is_feasible(ctx, uniform_index(space, 10_000, np.random.default_rng(1))).any()
-        found = [
+        sampled = [
             tuple(space.index(picks)) for picks in sample_feasible(ctx, 4, np.random.default_rng(0))
         ]
-        assert len(set(found)) == 4
-        assert is_feasible(ctx, np.array(found)).all()
+        assert len(set(sampled)) == 4
+        assert is_feasible(ctx, np.array(sampled)).all()
 
 
-def test_held_out_batches_change_with_the_step() -> None:
-    """And are a function of it, of the size asked for, never larger than the split."""
+def test_held_out_batches_depend_on_the_step() -> None:
+    """And on nothing else. They have the requested size, but are never larger than the
+    split.
+    """
     data = DataConfig.model_validate(DATA)
     train, held_out = load_images(data, "train", augment=True), load_images(data, "held_out")
     batches, again = (Batches(train, held_out, data, 32, 5, 40) for _ in range(2))
-    found = [batches.held_out(step, 4) for step in range(6)]
-    assert all(len(y) == 128 for _, y in found)
+    held_out_batches = [batches.held_out(step, 4) for step in range(6)]
+    assert all(len(y) == 128 for _, y in held_out_batches)
     assert len(batches.held_out(0, 100)[1]) == len(held_out)
-    for i, (x_NCHW, _) in enumerate(found):
+    for i, (x_NCHW, _) in enumerate(held_out_batches):
         assert torch.equal(again.held_out(i, 4)[0], x_NCHW)
-        assert not any(torch.equal(x_NCHW, other) for other, _ in found[:i])
+        assert not any(torch.equal(x_NCHW, earlier) for earlier, _ in held_out_batches[:i])
     straight = [batches.train(step) for step in range(6)]
     assert torch.equal(again.train(4)[0], straight[4][0])
     assert torch.equal(again.train(5)[0], straight[5][0])
@@ -248,7 +251,9 @@ def test_held_out_batches_change_with_the_step() -> None:
 def test_a_trained_super_net_serves_another_budget(
     finder: str, table: LatencyTable, tmp_path: Path
 ) -> None:
-    """Only the finder runs: no training step, the weights of the earlier run, another target."""
+    """Only the finder runs, on the weights of the earlier run and for another target;
+    nothing is trained.
+    """
     run(tmp_path / "first/search", experiment("random", epochs=2.0), table)
     options = {"evolution": EVOLUTION, "nsga2": OPTIONS["fairnas"], "random": {"architectures": 6}}[
         finder
@@ -276,9 +281,9 @@ def test_a_trained_super_net_serves_another_budget(
     )
 
 
-def test_limits_beside_the_target(table: LatencyTable, tmp_path: Path) -> None:
-    """Another device's table and a memory limit: every candidate meets them, and the
-    result says by how much.
+def test_limits_hold_in_addition_to_the_target(table: LatencyTable, tmp_path: Path) -> None:
+    """Another device's table and a limit on MACs: every candidate meets both, and the
+    result has the values.
     """
     board = table.model_copy(update={"header": table.header.model_copy(update={"device": "board"})})
     board.save(tmp_path / "board.json")
@@ -307,7 +312,7 @@ def test_limits_beside_the_target(table: LatencyTable, tmp_path: Path) -> None:
 
 
 class Warnings(Progress):
-    """Keeps what a run warns of."""
+    """Keeps all warnings."""
 
     def __init__(self) -> None:
         self.warned: list[str] = []
@@ -327,11 +332,11 @@ class Warnings(Progress):
         ("random", None),
     ],
 )
-def test_a_policy_that_has_hardly_moved_is_warned_of(
+def test_a_policy_that_has_hardly_moved_is_warned_about(
     strategy: str, rate: str | None, table: LatencyTable, tmp_path: Path
 ) -> None:
-    """At the papers' rates a short search ends where it began; the warning names the
-    option. Random search has nothing that moves.
+    """At the papers' rates, a short search ends where it began, and the warning names
+    the option to raise. Random search has no policy.
     """
     progress = Warnings()
     run(
@@ -340,7 +345,7 @@ def test_a_policy_that_has_hardly_moved_is_warned_of(
         table,
         progress,
     )
-    # weights of seven steps may know nothing, too
+    # there may be another warning, as weights of seven steps may be at chance
     warned = [warning for warning in progress.warned if "the policy" in warning]
     assert len(warned) == (rate is not None)
     for warning in warned:
@@ -350,7 +355,7 @@ def test_a_policy_that_has_hardly_moved_is_warned_of(
         assert rate in STRATEGIES.get(strategy).Config.model_fields
 
 
-def test_a_policy_that_has_moved_is_not(table: LatencyTable, tmp_path: Path) -> None:
+def test_a_policy_that_has_moved_is_not_warned_about(table: LatencyTable, tmp_path: Path) -> None:
     progress = Warnings()
     config = experiment(
         strategy={"name": "proxylessnas", "alpha_lr": 0.5, "arch_every": 1},
@@ -374,8 +379,8 @@ def elastic_space() -> MacroSpace:
 def test_a_space_restricted_to_one_resolution(
     strategy: str, resolution: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Methods that mix run on it, and images come in the size that is left, also where
-    the data's is larger.
+    """Methods that mix options run on it, and images have the resolution that is left,
+    even if that of the data is larger.
     """
     elastic = elastic_space()
     (tmp_path / "space.json").write_text(elastic.to_json())
@@ -407,8 +412,8 @@ def test_a_space_restricted_to_one_resolution(
 def test_a_run_with_a_trained_super_net_starts_from_its_own_resolved_configuration(
     table: LatencyTable, tmp_path: Path
 ) -> None:
-    """There every key is written out, defaults included, though the super-net was
-    trained with another setting.
+    """A resolved configuration has every key, defaults included, even if the super-net
+    was trained with another setting.
     """
     run(
         tmp_path / "first/search",

@@ -35,7 +35,9 @@ def table() -> LatencyTable:
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)
-def test_unreachable_target(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
+def test_an_unreachable_target_is_refused(
+    strategy: str, table: LatencyTable, tmp_path: Path
+) -> None:
     low, high = CostModel.of_table(elastic_digits_space(), table).range()
     for target in (0.9 * low, 1.1 * high):
         with pytest.raises(TargetError) as caught:
@@ -49,61 +51,65 @@ def test_unreachable_target(strategy: str, table: LatencyTable, tmp_path: Path) 
     assert not list((tmp_path / "search").iterdir())
 
 
-def test_no_target(table: LatencyTable, tmp_path: Path) -> None:
+def test_a_missing_target_is_refused(table: LatencyTable, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"search\.target_ms is not set"):
         run(tmp_path / "search", experiment(target_range=None), table)
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)
-def test_no_architecture_within_the_tolerance(
+def test_a_tolerance_that_no_architecture_meets_is_refused(
     strategy: str, table: LatencyTable, tmp_path: Path
 ) -> None:
-    """Said before any training."""
+    """Reported before any training."""
     with pytest.raises(TargetError, match=r"search\.tolerance"):
         run(tmp_path / "search", experiment(strategy, tolerance=1e-9), table)
     assert not list((tmp_path / "search").iterdir())
 
 
-def test_table_of_another_space(table: LatencyTable, tmp_path: Path) -> None:
-    other = elastic_digits_space(width=24)
+def test_a_table_of_another_space_is_refused(table: LatencyTable, tmp_path: Path) -> None:
+    other_space = elastic_digits_space(width=24)
     with pytest.raises(CoverageError) as caught:
-        run(tmp_path / "search", experiment(), table, space=other)
-    missing = [op.key for op in other.ops if op.key not in table.entries]
+        run(tmp_path / "search", experiment(), table, space=other_space)
+    missing = [op.key for op in other_space.ops if op.key not in table.entries]
     assert list(caught.value.missing) == missing
     assert missing[0] in str(caught.value)
-    assert f"lacks {len(missing)} of the {len(other.ops)} ops" in str(caught.value)
+    assert f"lacks {len(missing)} of the {len(other_space.ops)} ops" in str(caught.value)
 
 
-def test_uncalibrated_table_is_refused(table: LatencyTable, tmp_path: Path) -> None:
+def test_an_uncalibrated_table_is_refused(table: LatencyTable, tmp_path: Path) -> None:
     uncalibrated = table.model_copy(update={"calibration": None})
     with pytest.raises(TableError, match="allow_uncalibrated"):
         run(tmp_path / "search", experiment(), uncalibrated)
     CostModel.of_table(elastic_digits_space(), uncalibrated, allow_uncalibrated=True)
 
 
-def test_unknown_strategy_and_option(table: LatencyTable, tmp_path: Path) -> None:
+def test_an_unknown_strategy_or_option_is_refused(table: LatencyTable, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'tunas'"):
         run(tmp_path / "search", experiment("tunass"), table)
     with pytest.raises(ConfigError, match="rl_lr"):
         run(tmp_path / "search", experiment(strategy={"name": "tunas", "rl_lrr": 1}), table)
 
 
-def test_a_trained_super_net_of_another_space_or_none(table: LatencyTable, tmp_path: Path) -> None:
+def test_a_trained_super_net_of_another_space_or_none_is_refused(
+    table: LatencyTable, tmp_path: Path
+) -> None:
     run(tmp_path / "first/search", experiment("random"), table)
-    other = elastic_digits_space().restrict({"s1.b1": ["ir_k3_e3", "skip"]})
+    other_space = elastic_digits_space().restrict({"s1.b1": ["ir_k3_e3", "skip"]})
     with pytest.raises(ConfigError, match=r"was trained on space tiny .* not on tiny"):
         run(
             tmp_path / "second/search",
             experiment(weights=str(tmp_path / "first")),
             table,
-            space=other,
+            space=other_space,
         )
     with pytest.raises(ConfigError, match=r"has no shared\.safetensors: name the search folder"):
         run(tmp_path / "second/search", experiment(weights=str(tmp_path)), table)
 
 
-def test_a_table_that_lacks_the_ops_of_a_wider_space(table: LatencyTable, tmp_path: Path) -> None:
-    """Per strategy the same sentence, before anything is trained."""
+def test_a_table_that_lacks_the_ops_of_a_wider_space_is_refused(
+    table: LatencyTable, tmp_path: Path
+) -> None:
+    """The same sentence for every strategy, before anything is trained."""
     wider = elastic_digits_space().scaled(2.0)
     for strategy in OPTIONS:
         with pytest.raises(CoverageError, match=r"lacks \d+ of the \d+ ops of space"):
@@ -131,7 +137,9 @@ def test_strategies_that_mix_refuse_weights_per_edge(
 
 
 @pytest.mark.parametrize("strategy", OPTIONS)
-def test_divergence_is_one_sentence(strategy: str, table: LatencyTable, tmp_path: Path) -> None:
+def test_divergence_is_reported_with_its_step_and_a_remedy(
+    strategy: str, table: LatencyTable, tmp_path: Path
+) -> None:
     optimizer = {"name": "sgd", "lr": 1e12, "momentum": 0.9, "warmup": 0.0}
     with pytest.raises(DivergenceError, match=r"at step \d+ of \d+ .*lower optimizer\.lr"):
         run(tmp_path / "search", experiment(strategy, optimizer=optimizer), table)
@@ -143,14 +151,14 @@ def test_divergence_is_one_sentence(strategy: str, table: LatencyTable, tmp_path
         (
             {"strategy": {"name": "tunas", "architectures": 17}},
             (
-                r"'tunas' splits a training batch into 17 parts, and search\.batch_size = 32 .* set"
+                r"'tunas' splits a training batch into 17 microbatches, and search\.batch_size = 32 .* set"
                 r" it to 34 or more"
             ),
         ),
         (
             {"strategy": {"name": "proxylessnas", "gradient": "reinforce", "rl_samples": 17}},
             (
-                r"'proxylessnas' splits a held-out batch into 17 parts, and search\.batch_size = 32"
+                r"'proxylessnas' splits a held-out batch into 17 microbatches, and search\.batch_size = 32"
                 r" .* set it to 34 or more"
             ),
         ),
@@ -163,7 +171,7 @@ def test_divergence_is_one_sentence(strategy: str, table: LatencyTable, tmp_path
         ),
         (
             {"strategy": {"name": "random_standalone", "trainings": 8}, "epochs": 0.1},
-            r"8 trainings share 4 steps, so some get none: lower trainings or raise search\.epochs",
+            r"8 training runs share 4 steps, so some get none: lower trainings or raise search\.epochs",
         ),
         (
             {"strategy": {"name": "fairnas", "population": 1}},
@@ -171,7 +179,7 @@ def test_divergence_is_one_sentence(strategy: str, table: LatencyTable, tmp_path
         ),
     ],
 )
-def test_settings_that_cannot_work_together(
+def test_settings_that_cannot_work_together_are_refused(
     search: dict[str, Any], message: str, table: LatencyTable, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
@@ -187,7 +195,7 @@ def test_settings_that_cannot_work_together(
         {"name": "proxylessnas", "gradient": "reinforce", "rl_samples": 16},
     ],
 )
-def test_as_many_parts_as_a_batch_of_32_has_pairs(
+def test_a_batch_of_32_may_have_sixteen_parts(
     strategy: dict[str, Any], table: LatencyTable, tmp_path: Path
 ) -> None:
     run(
@@ -198,10 +206,10 @@ def test_as_many_parts_as_a_batch_of_32_has_pairs(
     assert (tmp_path / "search/arch.json").exists()
 
 
-def test_a_super_net_that_does_not_fit_the_configuration(
+def test_a_super_net_that_does_not_fit_the_configuration_is_refused(
     table: LatencyTable, tmp_path: Path
 ) -> None:
-    """Of settings that contradict it, and of statistics that it has not tracked."""
+    """Because settings contradict it, or because it has not tracked BN statistics."""
     run(
         tmp_path / "first/search",
         experiment("random", epochs=0.1, random_samples=0, candidates=1),
@@ -231,7 +239,7 @@ def test_a_super_net_that_does_not_fit_the_configuration(
         with pytest.raises(ConfigError, match=message):
             run(tmp_path / "second", experiment(**weights, **search), table)
     assert not list((tmp_path / "second").iterdir())
-    # trains nothing, so fits
+    # nothing is trained, so no batch is split into 17 parts
     run(
         tmp_path / "second",
         experiment(**weights, strategy={"name": "tunas", "architectures": 17}),
@@ -257,9 +265,11 @@ def test_tracked_statistics_need_no_recalibration(table: LatencyTable, tmp_path:
     assert (tmp_path / "second/arch.json").exists()
 
 
-def test_limits_that_cannot_be_met_together(table: LatencyTable, tmp_path: Path) -> None:
-    """Each alone is within reach, but the fastest network is the smallest: a slow
-    target and few operations exclude each other.
+def test_limits_that_cannot_be_met_together_are_refused(
+    table: LatencyTable, tmp_path: Path
+) -> None:
+    """Each one is within reach, but the fastest network is the smallest: a slow target
+    and few operations exclude each other.
     """
     space, cost = elastic_digits_space(), CostModel.of_table(elastic_digits_space(), table)
     grid = np.stack(
@@ -281,10 +291,10 @@ def test_limits_that_cannot_be_met_together(table: LatencyTable, tmp_path: Path)
     assert not list((tmp_path / "search").iterdir())
 
 
-def test_a_limits_table(
+def test_the_table_of_a_limit_is_found(
     table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that does not exist is named; the home folder is understood."""
+    """A missing table is named in the error; ``~`` is the home folder."""
     limits = [{"kind": "latency", "table": "~/board.json", "max_ms": 1e6}]
     monkeypatch.setenv("HOME", str(tmp_path))
     short = experiment("random", limits=limits, epochs=0.1, random_samples=0, candidates=1)

@@ -1,5 +1,5 @@
-"""The networks that a strategy trains: of the kind that the space is, sharing weights
-as the method does.
+"""The super-net that a strategy trains: the space decides its class, and the method how
+it shares weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hwnas.core.spaces import darts, nasbench201
 from hwnas.nn.cells import CellSupernet, GrowingSupernet
 from hwnas.nn.independent import IndependentNetworks
 from hwnas.nn.supernet import MacroSupernet
-from hwnas.search.skips import usual_skips
+from hwnas.search.skips import published_skip_limit
 from hwnas.search.stage import search_strategy
 from hwnas.search.supernets import supernet_of
 from tests.search.staging import elastic_digits_space, experiment
@@ -47,13 +47,13 @@ CELLS = darts(channels=4, layers=5, resolution=8)
         ("spos", nasbench201(width=0.25, resolution=8), CellSupernet, {}, ("auto", "auto")),
     ],
 )
-def test_a_super_net_is_of_the_spaces_kind_and_shares_as_the_method_does(
+def test_the_space_decides_the_class_of_the_super_net_and_the_method_its_sharing(
     name: str, space: SearchSpace, kind: type, settings: dict[str, Any], shared: tuple[str, str]
 ) -> None:
     config = experiment(name, supernet=settings)
-    found = supernet_of(config, space, search_strategy(config.search))
-    assert type(found) is kind and found.shares
-    assert (found.config.sharing, found.config.kernels) == shared
+    supernet = supernet_of(config, space, search_strategy(config.search))
+    assert type(supernet) is kind and supernet.shares
+    assert (supernet.config.sharing, supernet.config.kernels) == shared
 
 
 @pytest.mark.slow
@@ -65,17 +65,24 @@ def test_cells_grow_and_blocks_do_not() -> None:
     assert len(supernet_of(config, elastic_digits_space(), strategy).proxies) == 1
 
 
-def test_networks_of_their_own_are_a_portfolio() -> None:
+def test_standalone_networks_share_nothing() -> None:
     config, space = experiment("random_standalone"), elastic_digits_space()
     strategy = search_strategy(config.search)
-    strategy.alone = [{choice.key: choice.options[0] for choice in space.choices}]
-    found = supernet_of(config, space, strategy)
-    assert isinstance(found, IndependentNetworks) and not found.shares and len(found.networks) == 1
+    strategy.standalone = [{choice.key: choice.options[0] for choice in space.choices}]
+    networks = supernet_of(config, space, strategy)
+    assert (
+        isinstance(networks, IndependentNetworks)
+        and not networks.shares
+        and len(networks.networks) == 1
+    )
 
 
-def test_how_many_skips_are_usual() -> None:
-    """Two of a normal cell as published; of blocks a quarter, rounded up, of the slots
-    that offer one.
+def test_the_usual_number_of_skips() -> None:
+    """Two in a normal cell, as published; among blocks, a quarter of the slots that
+    offer one, rounded up.
     """
     offering = sum("skip" in choice.options for choice in elastic_digits_space().choices)
-    assert (usual_skips(CELLS), usual_skips(elastic_digits_space())) == (2, -(-offering // 4))
+    assert (published_skip_limit(CELLS), published_skip_limit(elastic_digits_space())) == (
+        2,
+        -(-offering // 4),
+    )

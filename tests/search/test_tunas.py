@@ -73,7 +73,7 @@ def test_expected_gradient_is_the_gradient_of_the_expected_reward() -> None:
     assert np.allclose(total, -p * (rewards - p @ rewards))
 
 
-def test_decisions_below_a_skip_do_not_count() -> None:
+def test_decisions_below_a_skip_have_no_gradient() -> None:
     space = tiny_space()
     controller = Controller(space)
     skipped = 0
@@ -82,21 +82,23 @@ def test_decisions_below_a_skip_do_not_count() -> None:
         assert sample.picks is not None
         controller.reward_sum, controller.reward_weight = 0.0, 1.0
         controller.update([sample], [1.0], lr=0.0)
-        found = grads(controller)
+        gradients = grads(controller)
         for key in ("s1.b1", "s2.b1"):
-            below = [found[f"{key}.kernel"], found[f"{key}.expansion"]]
-            assert np.abs(found[f"{key}.skip"]).max() > 0
+            below = [gradients[f"{key}.kernel"], gradients[f"{key}.expansion"]]
+            assert np.abs(gradients[f"{key}.skip"]).max() > 0
             if sample.picks[key] == "skip":
                 skipped += 1
                 assert not np.any(below)
             else:
                 assert np.all(np.abs(below) > 0)
-    assert 20 < skipped < 60
+    assert 20 < skipped < 60  # of 80 slots, about half
 
 
 @pytest.mark.slow
-def test_samples_are_distributed_as_the_policy_says() -> None:
-    """Joint frequencies of a skippable slot: p(skip), and (1 - p(skip)) p(kernel) p(expansion)."""
+def test_samples_are_distributed_like_the_policy() -> None:
+    """Frequencies in a skippable slot: p(skip), and (1 - p(skip)) p(kernel)
+    p(expansion).
+    """
     controller = Controller(tiny_space())
     with torch.no_grad():
         for name, values in (
@@ -111,13 +113,14 @@ def test_samples_are_distributed_as_the_policy_says() -> None:
     assert expected[0] == pytest.approx(keep * (1 / (1 + math.exp(-1))) * (1 / (1 + math.exp(0.4))))
     rng = np.random.default_rng(0)
     counts = np.sum([controller.sample(rng).gates["s1.b1"] for _ in range(4000)], axis=0)
+    # within four standard errors
     assert np.all(np.abs(counts / 4000 - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000))
     assert controller.best()["s1.b1"] == "ir_k3_e6"
 
 
 def test_warmed_up_decisions() -> None:
-    """Kernels and skips become uniform mixtures, expansions and widths their largest
-    option, and none of them is learnt from.
+    """Kernels and skips become uniform mixtures, expansions and widths take their
+    largest option, and none of them updates the policy.
     """
     controller = Controller(tiny_space())
     sample = controller.sample(np.random.default_rng(0), warmup_probability=1.0)
@@ -147,8 +150,8 @@ def test_warm_up_takes_the_largest_width_in_any_order(widths: tuple[int, ...]) -
 
 
 def test_widths_are_one_decision() -> None:
-    """Each option reachable, with its own probability, and the index of the option that
-    was picked.
+    """Every option can be drawn, and an update raises the probability of the option
+    that was picked.
     """
     space = MacroSpace(
         name="widths",
@@ -172,7 +175,7 @@ def test_widths_are_one_decision() -> None:
 
 
 class Recorder(KnownWeights):
-    """The weights of a problem, which write down what they are asked for."""
+    """Known weights that record every request."""
 
     def __init__(self, steps: int, batch_size: int = 512) -> None:
         super().__init__(Problem(0))
@@ -180,12 +183,12 @@ class Recorder(KnownWeights):
         self.scored: list[tuple[Gates, int]] = []
         self.ctx = replace(self.problem.context(steps, batch_size), weights=self)
 
-    def train(self, gates: Sequence[Gates], **how: Any) -> Metrics:
+    def train(self, gates: Sequence[Gates], **options: Any) -> Metrics:
         self.trained += gates
-        return super().train(gates, **how)
+        return super().train(gates, **options)
 
     def qualities(self, gates: Sequence[Gates], multiple: int) -> list[float]:
-        self.scored += [(each, multiple) for each in gates]
+        self.scored += [(path_gates, multiple) for path_gates in gates]
         return super().qualities(gates, multiple)
 
     def step(self, strategy: TuNAS, number: int, draw: int = 0) -> Metrics:
@@ -205,6 +208,7 @@ def test_warm_up_probability_falls_linearly() -> None:
         for draw in range(400):
             recorder.step(strategy, number, draw)
         gates = recorder.trained
+        # within four standard errors; 1e-12 if a probability is 0 or 1
         mixed = np.mean([np.count_nonzero(gate["s1.b0"]) == 2 for gate in gates])
         assert abs(mixed - expected) <= 4 * math.sqrt(expected * (1 - expected) / 400) + 1e-12
         if number < 20:  # the policy does not move before the delay ends
@@ -213,7 +217,7 @@ def test_warm_up_probability_falls_linearly() -> None:
             assert abs(largest - p) <= 4 * math.sqrt(p * (1 - p) / 400) + 1e-12
 
 
-def test_nothing_is_learnt_or_scored_during_the_delay() -> None:
+def test_nothing_is_learned_or_scored_during_the_delay() -> None:
     recorder, strategy = Recorder(80), TuNAS(TuNASConfig())
     strategy.setup(recorder.ctx)
     for number in range(20):
@@ -229,9 +233,9 @@ def test_nothing_is_learnt_or_scored_during_the_delay() -> None:
     assert {multiple for _, multiple in recorder.scored} == {4}
 
 
-def test_rate_ramps_to_ten_times() -> None:
-    """3e-4 per 256 images; batch 512: 6e-4 at a quarter, 6e-4 * sqrt(10) half way on,
-    6e-3 at the end.
+def test_the_rate_ramps_up_tenfold() -> None:
+    """3e-4 per 256 images, so at batch size 512: 6e-4 at a quarter of the steps, 6e-4 *
+    sqrt(10) halfway from there, 6e-3 at the end.
     """
     recorder, strategy = Recorder(80), TuNAS(TuNASConfig())
     rates = {}
@@ -273,7 +277,7 @@ def test_reward_metrics() -> None:
 
 
 def test_baseline_is_a_zero_debiased_average() -> None:
-    """After rewards 1, 2, 4 with momentum 0.9: (0.1, 0.29, 0.661) over (0.1, 0.19, 0.271)."""
+    """Rewards 1, 2, 4 at momentum 0.9 give (0.1, 0.29, 0.661) / (0.1, 0.19, 0.271)."""
     controller = Controller(kernels_space())
     advantages = [
         controller.update([sample_of({"s0.b0.kernel": 0})], [reward], 0.0, baseline_momentum=0.9)[0]
@@ -283,7 +287,10 @@ def test_baseline_is_a_zero_debiased_average() -> None:
 
 
 def test_adam_without_momentum_by_hand() -> None:
-    """v <- 0.999 v + 0.001 g^2;  logits <- logits - lr g / (sqrt(v / (1 - 0.999^t)) + 1e-8)."""
+    """v <- 0.999 v + 0.001 g^2
+
+    logits <- logits - lr g / (sqrt(v / (1 - 0.999^t)) + 1e-8)
+    """
     controller = Controller(kernels_space())
     logits, v = np.zeros(3), np.zeros(3)
     ema, weight = 0.0, 0.0
@@ -312,8 +319,8 @@ def test_entropy_bonus_pulls_towards_uniform() -> None:
 
 
 def test_entropy_at_the_start() -> None:
-    """Two plain slots of ln 2 + ln 2 (and one more), two skippable ones of ln 2 + (ln 2
-    + ln 2) / 2, one width of ln 2.
+    """Three plain slots of ln 2 + ln 2, two skippable ones of ln 2 + (ln 2 + ln 2) / 2,
+    and one width of ln 2.
     """
     space = tiny_space()
     ln2 = math.log(2)
@@ -323,8 +330,8 @@ def test_entropy_at_the_start() -> None:
 
 
 def test_entropy_is_that_of_the_distinct_architectures() -> None:
-    """-sum p log p over all options of a skippable slot, at random logits: the
-    hierarchical sum is exact.
+    """-sum p log p over all options of a skippable slot, at random logits: the sum over
+    the hierarchy is exact.
     """
     stages = (
         SpaceStage(
@@ -345,7 +352,7 @@ def test_entropy_is_that_of_the_distinct_architectures() -> None:
     assert float(controller.entropy().detach()) == pytest.approx(float(-(p * np.log(p)).sum()))
 
 
-def test_lists_that_are_no_grid_stay_one_decision() -> None:
+def test_options_that_do_not_form_a_grid_stay_one_decision() -> None:
     stages = (
         SpaceStage(widths=(8,), slots=(("ir_k3_e3",), ("ds_k3", "ir_k3_e6", "ir_k5_e3", "skip"))),
     )
@@ -366,7 +373,7 @@ def test_warm_up_must_not_outlast_the_delay() -> None:
     Plugin(name="tunas", warmup=0.3, rl_delay=0.3).options(TuNAS.Config)  # type: ignore[call-arg]
 
 
-def test_no_warm_up() -> None:
+def test_without_warm_up_every_step_trains_one_path_and_scores_it() -> None:
     recorder, strategy = Recorder(40), TuNAS(TuNASConfig(warmup=0.0, rl_delay=0.0))
     strategy.setup(recorder.ctx)
     for number in range(40):
@@ -375,9 +382,9 @@ def test_no_warm_up() -> None:
     assert len(recorder.scored) == 40
 
 
-def test_the_argmax_of_every_decision_leads_the_proposals_where_it_meets_the_budget() -> None:
-    """Not the likeliest architecture: skipping a block is likelier than any one of its
-    forms, keeping it is likelier than that.
+def test_the_argmax_of_every_decision_leads_the_proposals_if_it_meets_the_budget() -> None:
+    """Not the likeliest options: skipping a block is likelier than any single form of
+    it, but keeping it is likelier than skipping it.
     """
     problem = Problem(0)
     strategy = TuNAS(TuNASConfig())

@@ -1,4 +1,4 @@
-"""The shared weights of a search, each promise of ``SearchContext`` against plain
+"""The shared weights of a search: every promise of ``SearchContext`` against plain
 autograd on the same super-net and batches.
 """
 
@@ -22,7 +22,7 @@ from hwnas.core.space import MacroSpace
 from hwnas.data.images import load_images, training_batches
 from hwnas.engine import CrossEntropy, Engine
 from hwnas.nn.supernet import MacroSupernet
-from hwnas.nn.unrolled import unrolled_gate_gradients
+from hwnas.nn.unrolled import SGDStep, unrolled_gate_gradients
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import one_hot
 from hwnas.search.weights import Batches, SupernetWeights
@@ -36,7 +36,7 @@ BATCH = 24
 
 
 def weights_of(folder: Path, optimizer: str = "momentum", **settings: Any) -> SupernetWeights:
-    """A super-net of the tiny space on digits, in the middle of its training."""
+    """The shared weights of a super-net on digits, in a search of 20 steps."""
     experiment = Experiment(
         data=DATA,
         search=SearchConfig(batch_size=BATCH, recalibration_images=64, evaluation_images=100),
@@ -89,7 +89,9 @@ def grads(supernet: torch.nn.Module) -> dict[str, Tensor]:
 def by_hand(
     weights: SupernetWeights, parts: list[tuple[Tensor, Tensor, Mapping[str, Any], float]]
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Gradients of sum_i weight_i * loss_i on a copy of the super-net, and the losses."""
+    """On a copy of the super-net: the gradients of sum_i weight_i * loss_i, and the
+    losses.
+    """
     supernet = copy.deepcopy(weights.supernet).train()
     supernet.zero_grad(set_to_none=True)
     losses = [
@@ -100,42 +102,45 @@ def by_hand(
     return grads(supernet), [float(loss.detach()) for loss in losses]
 
 
-def same(mine: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    close = all(torch.allclose(mine[name], other[name], rtol=1e-4, atol=1e-6) for name in other)
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether the gradients agree, and are not all close to zero."""
+    close = all(
+        torch.allclose(actual[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected
+    )
     return (
-        mine.keys() == other.keys()
+        actual.keys() == expected.keys()
         and close
-        and max(float(g.abs().max()) for g in mine.values()) > 1e-3
+        and max(float(g.abs().max()) for g in actual.values()) > 1e-3
     )
 
 
-def test_several_gates_on_one_batch_add_their_gradients_up(tmp_path: Path) -> None:
+def test_the_gradients_of_several_gates_on_one_batch_are_summed(tmp_path: Path) -> None:
     weights = weights_of(tmp_path)
     x_NCHW, y = weights.batches.train(0)
     gates = gates_of(sampled(3))
-    expected, losses = by_hand(weights, [(x_NCHW, y, each, 1.0) for each in gates])
+    expected, losses = by_hand(weights, [(x_NCHW, y, path_gates, 1.0) for path_gates in gates])
     metrics = weights.train(gates, split=False, teach=False, skip_dropout=0.0)
     assert same(grads(weights.supernet), expected)
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_split_is_the_mean_over_the_batch_of_which_each_has_a_part(tmp_path: Path) -> None:
-    """Five parts of 24 images are of 5, 5, 5, 5 and 4."""
+def test_split_takes_the_mean_over_the_parts_of_the_batch(tmp_path: Path) -> None:
+    """Five parts of 24 images have 5, 5, 5, 5 and 4."""
     weights = weights_of(tmp_path)
     x_NCHW, y = weights.batches.train(0)
     gates, cuts = gates_of(sampled(5)), [0, 5, 10, 15, 20, 24]
     parts = [
-        (x_NCHW[a:b], y[a:b], each, (b - a) / 24)
-        for a, b, each in zip(cuts[:-1], cuts[1:], gates, strict=True)
+        (x_NCHW[a:b], y[a:b], path_gates, (b - a) / 24)
+        for a, b, path_gates in zip(cuts[:-1], cuts[1:], gates, strict=True)
     ]
     expected, _ = by_hand(weights, parts)
     weights.train(gates, split=True, teach=False, skip_dropout=0.0)
     assert same(grads(weights.supernet), expected)
 
 
-def test_a_step_is_the_optimisers_on_what_was_executed(tmp_path: Path) -> None:
-    """Separate sharing: candidates that do not run get no gradient, no momentum, no
-    decay, whatever came before.
+def test_a_step_updates_only_what_was_executed(tmp_path: Path) -> None:
+    """With separate sharing, options that do not run get no gradient, no momentum and
+    no decay, whatever came before.
     """
     weights = weights_of(tmp_path)
     first, second = (
@@ -168,31 +173,33 @@ def test_a_step_is_the_optimisers_on_what_was_executed(tmp_path: Path) -> None:
 
 
 def test_batches_of_every_kth_step_come_from_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream is made at the first step, at the first distance, and where the distance
-    changes; it gives what a fresh one gives.
+    """A stream begins at the first step and wherever the distance between steps
+    changes; its batches are those of a fresh stream.
     """
-    made: list[int] = []
+    starts: list[int] = []
 
     def counted(*arguments: Any, **settings: Any) -> Any:
-        made.append(settings["steps"].start)
+        starts.append(settings["steps"].start)
         return training_batches(*arguments, **settings)
 
     monkeypatch.setattr("hwnas.search.weights.training_batches", counted)
     train, held_out = load_images(DATA, "train"), load_images(DATA, "held_out")
     batches = Batches(train, held_out, DATA, BATCH, 3, 60)
     for steps, streams in ((range(4, 50, 5), [4, 9]), (range(50, 58, 2), [50, 52])):
-        made.clear()
-        found = {step: (batches.held_out(step, 2), batches.held_out(step, 2)) for step in steps}
-        assert made == streams
-        for step, (once, twice) in found.items():
+        starts.clear()
+        batches_at = {
+            step: (batches.held_out(step, 2), batches.held_out(step, 2)) for step in steps
+        }
+        assert starts == streams
+        for step, (once, twice) in batches_at.items():
             fresh = Batches(train, held_out, DATA, BATCH, 3, 60).held_out(step, 2)
             assert once is twice
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(once, fresh, strict=True))
-    made.clear()
+    starts.clear()
     for step in range(60):
         batches.train(step)
-    assert made == [0]
-    made.clear()
+    assert starts == [0]
+    starts.clear()
     for step in (10, 11, 12, 5):  # back to a checkpoint
         assert torch.equal(
             batches.train(step)[0], Batches(train, held_out, DATA, BATCH, 3, 60).train(step)[0]
@@ -201,26 +208,26 @@ def test_batches_of_every_kth_step_come_from_one_stream(monkeypatch: pytest.Monk
 
 def test_qualities_are_accuracies_on_parts_of_the_held_out_batch(tmp_path: Path) -> None:
     weights = weights_of(tmp_path)
-    for step in range(4):  # so that they are not all at chance
+    for step in range(4):  # so that not all accuracies are at chance
         weights.engine.step = step
         weights.train(gates_of(sampled(1, step)), split=False, teach=False, skip_dropout=0.0)
     gates = gates_of(sampled(3))
-    found = weights.qualities(gates, 3)
+    qualities = weights.qualities(gates, 3)
     x_NCHW, y = weights.batches.held_out(weights.engine.step, 3)
     assert len(y) == 3 * BATCH
     expected = []
-    for number, each in enumerate(gates):
+    for number, path_gates in enumerate(gates):
         part = slice(number * BATCH, (number + 1) * BATCH)
         expected.append(
-            float((weights.supernet(x_NCHW[part], each).argmax(1) == y[part]).float().mean())
+            float((weights.supernet(x_NCHW[part], path_gates).argmax(1) == y[part]).float().mean())
         )
-    assert found == pytest.approx(expected)
-    assert weights.qualities(gates, 3) == found  # the batch of a step is one batch
+    assert qualities == pytest.approx(expected)
+    assert weights.qualities(gates, 3) == qualities  # a step has one held-out batch
 
 
 def test_qualities_are_scored_in_eval_mode(tmp_path: Path) -> None:
-    """Dropout, path dropout and random channels do not act, and tracked statistics are
-    used and stay: as by hand, and asked twice.
+    """Dropout, path dropout and random channels are off, and tracked statistics are
+    used but not updated. The qualities equal those by hand, also the second time.
     """
     settings: tuple[dict[str, Any], ...] = (
         {"dropout": 0.5},
@@ -267,7 +274,7 @@ def test_first_order_gate_gradients(tmp_path: Path) -> None:
     path = {key: np.eye(len(gate))[1] for key, gate in mixed().items()}
     probes = {key: [0, 2] for key in path}
     for gates, probed in ((mixed(), {}), (path, probes)):
-        value, found = weights.gate_gradients(gates, probed, 1, 0.0)
+        value, gradients = weights.gate_gradients(gates, probed, 1, 0.0)
         leaves = {
             key: torch.tensor(gate, dtype=torch.float32, requires_grad=True)
             for key, gate in gates.items()
@@ -276,10 +283,10 @@ def test_first_order_gate_gradients(tmp_path: Path) -> None:
         expected = torch.autograd.grad(loss, list(leaves.values()))
         assert value == pytest.approx(float(loss.detach()), rel=1e-6)
         for key, gradient in zip(leaves, expected, strict=True):
-            assert np.allclose(found[key], gradient.numpy(), rtol=1e-4, atol=1e-6), key
-            assert found[key].dtype == np.float64
+            assert np.allclose(gradients[key], gradient.numpy(), rtol=1e-4, atol=1e-6), key
+            assert gradients[key].dtype == np.float64
             assert (
-                (found[key] != 0)
+                (gradients[key] != 0)
                 == ((gates[key] != 0) | np.isin(np.arange(len(gates[key])), probed.get(key, [])))
             ).all()
 
@@ -292,7 +299,7 @@ def test_second_order_gate_gradients(optimizer: str, tmp_path: Path) -> None:
     weights = weights_of(tmp_path, optimizer)
     weights.train([mixed()], split=False, teach=False, skip_dropout=0.0)
     weights.engine.step = 7
-    value, found = weights.gate_gradients(mixed(), {}, 2, 0.0)
+    value, gradients = weights.gate_gradients(mixed(), {}, 2, 0.0)
     train, held_out = weights.batches.train(7), weights.batches.held_out(7, 1)
     supernet, engine = weights.supernet.train(), weights.engine
     decayed = {
@@ -308,27 +315,33 @@ def test_second_order_gate_gradients(optimizer: str, tmp_path: Path) -> None:
         lambda gates: F.cross_entropy(supernet(held_out[0], gates), held_out[1]),
         list(named.values()),
         {key: torch.tensor(gate, dtype=torch.float32) for key, gate in mixed().items()},
-        lr=engine.lr,
-        momentum_buffers=[
-            engine.optimizer.state[p].get("momentum_buffer") if optimizer == "momentum" else None
-            for p in named.values()
-        ],
-        momentum=0.9 if optimizer == "momentum" else 0.0,
-        weight_decay=[0.05 if name in decayed else 0.0 for name in named],
+        SGDStep(
+            engine.lr,
+            0.9 if optimizer == "momentum" else 0.0,
+            [
+                engine.optimizer.state[p].get("momentum_buffer")
+                if optimizer == "momentum"
+                else None
+                for p in named.values()
+            ],
+            [0.05 if name in decayed else 0.0 for name in named],
+        ),
     )
     assert value == pytest.approx(expected_value, rel=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for key, gradient in expected.items():
         # a finite difference in float32
-        assert np.allclose(found[key], gradient.numpy(), atol=0.02 * largest), key
+        assert np.allclose(gradients[key], gradient.numpy(), atol=0.02 * largest), key
     first = weights.gate_gradients(mixed(), {}, 1, 0.0)[1]
-    assert max(float(np.abs(first[key] - found[key]).max()) for key in found) > 0.1 * largest
+    assert (
+        max(float(np.abs(first[key] - gradients[key]).max()) for key in gradients) > 0.1 * largest
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_gate_gradients_leave_everything_as_it_is(order: int, tmp_path: Path) -> None:
-    """Weights, their gradients, running statistics; and the next training step is the
-    same as without.
+def test_gate_gradients_change_nothing_else(order: int, tmp_path: Path) -> None:
+    """Neither the weights, nor their gradients, nor the running statistics; and the
+    next training step is the same as without them.
     """
     after = []
     for asked in (False, True):
@@ -352,8 +365,8 @@ def test_gate_gradients_leave_everything_as_it_is(order: int, tmp_path: Path) ->
 
 
 def test_dropout_behind_skips_is_passed_on(tmp_path: Path) -> None:
-    """P-DARTS: the mixture whose skips are dropped has another loss; with no skip among
-    the options it has the same.
+    """P-DARTS: dropping skips changes the loss of a mixture, but not that of a path
+    without skips.
     """
     weights = weights_of(tmp_path)
 
@@ -366,11 +379,11 @@ def test_dropout_behind_skips_is_passed_on(tmp_path: Path) -> None:
     assert loss(without, 0.7) == loss(without, 0.0)
 
 
-def test_dropout_behind_skips_arrives_in_the_weight_step(tmp_path: Path) -> None:
-    """The loss and the gradients of one step are those of the super-net that drops, by
-    the same draws; without, others.
+def test_dropout_behind_skips_acts_in_the_weight_step(tmp_path: Path) -> None:
+    """The loss and the gradients of a step are those of the super-net with dropout, by
+    the same draws; without dropout, the loss is different.
     """
-    found = {}
+    losses = {}
     for rate in (0.0, 0.7):
         weights = weights_of(tmp_path)
         supernet = copy.deepcopy(weights.supernet).train()
@@ -382,8 +395,8 @@ def test_dropout_behind_skips_arrives_in_the_weight_step(tmp_path: Path) -> None
         metrics = weights.train([mixed()], split=False, teach=False, skip_dropout=rate)
         assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
         assert same(grads(weights.supernet), grads(supernet))
-        found[rate] = metrics["loss"]
-    assert found[0.7] != pytest.approx(found[0.0], rel=1e-3)
+        losses[rate] = metrics["loss"]
+    assert losses[0.7] != pytest.approx(losses[0.0], rel=1e-3)
 
 
 def soft_labels(weights: SupernetWeights, x_NCHW: Tensor) -> Tensor:
@@ -394,7 +407,7 @@ def soft_labels(weights: SupernetWeights, x_NCHW: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_teaching_adds_the_soft_cross_entropy(split: bool, tmp_path: Path) -> None:
-    """Of the teacher's probabilities for the same images, in the statistics of the
+    """Of the teacher's probabilities for the same images, with the BN statistics of the
     batch that the student sees.
     """
     weights = weights_of(tmp_path)
@@ -405,8 +418,8 @@ def test_teaching_adds_the_soft_cross_entropy(split: bool, tmp_path: Path) -> No
     halves = [slice(0, 12), slice(12, 24)] if split else [slice(0, 24)] * 2
     supernet = copy.deepcopy(weights.supernet).train()
     losses = []
-    for half, each in zip(halves, gates, strict=True):
-        logits = supernet(x_NCHW[half], each)
+    for half, path_gates in zip(halves, gates, strict=True):
+        logits = supernet(x_NCHW[half], path_gates)
         soft = -(soft_labels(weights, x_NCHW[half]) * torch.log_softmax(logits, 1)).sum(1).mean()
         losses.append(
             (F.cross_entropy(logits, y[half], label_smoothing=SMOOTHING) + soft)
@@ -454,13 +467,13 @@ def test_the_teacher_stays_as_it_was_and_survives_a_checkpoint(tmp_path: Path) -
 def test_accuracies_are_forgotten_when_the_weights_change(tmp_path: Path) -> None:
     weights = weights_of(tmp_path)
     picks = sampled(1)[0]
-    known: MacroSpace = weights.supernet.space
+    space: MacroSpace = weights.supernet.space
     assert weights.evaluator.evaluate(picks) == weights.evaluator.evaluate(picks)
     for step in range(3):
         weights.engine.step = step
         weights.train(gates_of([picks]), split=False, teach=False, skip_dropout=0.0)
     network = weights.evaluator.network(picks)
-    assert network.arch.blocks == known.decode(picks).blocks
+    assert network.arch.blocks == space.decode(picks).blocks
     x_NCHW, y = load_images(DATA, "held_out").__getitems__(
         [(i, 0) for i in range(len(load_images(DATA, "held_out")))]
     )

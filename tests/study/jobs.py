@@ -1,4 +1,4 @@
-"""What trainings of the tests do in processes of their own: named, so that a child finds them."""
+"""What the tests' trainings run in child processes, which find these jobs by name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import DivergenceError
-from hwnas.progress import Progress, Task
+from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import StageContext
 from hwnas.search import stage
 
 
 def searches(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
-    """A search that says by how many threads it computes."""
+    """A search that reports its number of threads."""
     ctx.progress.info(f"threads {torch.get_num_threads()}")
     print("what a library prints is no event", flush=True)
     stage.run(ctx, space, table)
@@ -31,8 +31,8 @@ def is_killed(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None
 
     class Deadly(Progress):
         @contextmanager
-        def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
-            class Bar(Task):
+        def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
+            class Bar(ProgressBar):
                 left = 12
 
                 def advance(self, steps: int = 1, note: str = "") -> None:
@@ -54,7 +54,7 @@ def is_wrong(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
 
 
 def waits(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
-    """Says who it is, and takes a minute."""
+    """Leaves its process id, and takes a minute."""
     (ctx.folder / "pid").write_text(str(os.getpid()))
     ctx.progress.info("waiting")
     time.sleep(60)

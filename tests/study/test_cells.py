@@ -1,4 +1,4 @@
-"""The study on cells, from the configuration to the document: strings in, scores of a
+"""Studies of cells, from the configuration to the document: strings in, scores of a
 trained super-net out.
 """
 
@@ -37,7 +37,7 @@ SCORES = (
 
 
 @pytest.mark.slow
-def test_a_study_of_cells(tmp_path: Path) -> None:
+def test_cells_are_ranked(tmp_path: Path) -> None:
     SPACE.save(tmp_path / "cells.json")
     rng = np.random.default_rng(0)
     texts = sorted({SPACE.write(SPACE.sample(rng)) for _ in range(30)})[:12]
@@ -60,19 +60,19 @@ def test_a_study_of_cells(tmp_path: Path) -> None:
         "study": study,
     }
     study_rank(Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()))
-    found = RankStudy.load(tmp_path / "run" / "rank" / "study.json")
-    assert found.space == "cells" and found.supernets[0].scored == 8
-    by_name = {score.name: score.supernets[0]["kendall"].value for score in found.scores}
+    ranking = RankStudy.load(tmp_path / "run" / "rank" / "study.json")
+    assert ranking.space == "cells" and ranking.supernets[0].scored == 8
+    by_name = {score.name: score.supernets[0]["kendall"].value for score in ranking.scores}
     assert by_name["macs"] == pytest.approx(1.0)
     assert by_name.keys() == {*SCORES, "accuracy+angle"}
-    for point in found.points:
+    for point in ranking.points:
         assert SPACE.write(SPACE.read(point.name)) == point.name
         assert 0 < point.scores["angle"] < np.pi
     Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()).run_stage("report")
     assert "accuracy+angle" in (tmp_path / "run" / "report" / "report.html").read_text()
 
 
-def test_a_super_net_that_begins_anew_has_no_angle() -> None:
+def test_a_super_net_that_is_initialised_again_has_no_angle() -> None:
     space = darts(channels=4, layers=8, resolution=8, in_channels=1)
     for scores in (["angle", "loss"], ["loss"]):
         plain = experiment("pdarts", target_range=None).model_dump(mode="json", by_alias=True)
@@ -89,8 +89,8 @@ def test_a_super_net_that_begins_anew_has_no_angle() -> None:
 
 @pytest.mark.slow
 def test_cells_are_shrunk(tmp_path: Path) -> None:
-    """Stage by stage, with the weights of the stage before; the space that is left is a
-    document that is searched.
+    """Stage by stage, with the weights of the previous stage. The remaining space is a
+    document that can be searched.
     """
     SPACE.save(tmp_path / "cells.json")
     plain = experiment(
@@ -104,24 +104,24 @@ def test_cells_are_shrunk(tmp_path: Path) -> None:
         "shrink": shrink,
     }
     study_shrink(Pipeline(Experiment.model_validate(content), tmp_path / "run", Progress()))
-    found = ShrinkStudy.load(tmp_path / "run" / "shrink" / "shrink.json")
-    for path in found.paths:
-        left = load_space(str(tmp_path / "run" / f"shrink-{path.metric}" / "space.json"))
-        assert isinstance(left, CellSpace) and left.sha256 == path.shrunk_sha256
-        assert [step.size_after for step in path.steps][-1] == left.size <= 80 < SPACE.size and len(
-            path.steps
-        ) == 2
+    result = ShrinkStudy.load(tmp_path / "run" / "shrink" / "shrink.json")
+    for path in result.paths:
+        remaining = load_space(str(tmp_path / "run" / f"shrink-{path.metric}" / "space.json"))
+        assert isinstance(remaining, CellSpace) and remaining.sha256 == path.shrunk_sha256
+        assert [step.size_after for step in path.steps][
+            -1
+        ] == remaining.size <= 80 < SPACE.size and len(path.steps) == 2
         before = read_supernet(
             tmp_path / "run" / "shrink-first" / "shared.safetensors"
         ).state_dict()
-        begin = read_supernet(
+        initial = read_supernet(
             tmp_path / "run" / f"shrink-{path.metric}" / "stage-1" / "initial.safetensors"
         ).state_dict()
         first = read_supernet(
             tmp_path / "run" / "shrink-first" / "initial.safetensors"
         ).state_dict()
-        assert begin.keys() < before.keys() and all(
-            tensor.equal(first[name]) for name, tensor in begin.items()
+        assert initial.keys() < before.keys() and all(
+            tensor.equal(first[name]) for name, tensor in initial.items()
         )
     edges = Experiment.model_validate(content | {"shrink": {**shrink, "operation_on": ["edge"]}})
     with pytest.raises(ConfigError, match="every edge of space cells has a single input"):

@@ -1,5 +1,5 @@
-"""The comparison from configuration to document: ranks and costs counted anew, killed,
-resumed, with a failed search, refused.
+"""The comparison from configuration to document: ranks and costs are recounted here;
+studies are killed and resumed, have a failed search, or are refused.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ EVALUATION, RECALIBRATION, BATCH = 64, 256, 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A space document, and a truth of all its architectures that follows the MACs but
-    for noise.
+    """A space document, and a ground truth of all its architectures that follows the
+    MACs except for noise.
     """
     root = tmp_path_factory.mktemp("compare")
     SPACE.save(root / "tiny.json")
@@ -99,9 +99,9 @@ def compared(config: Experiment, root: Path, progress: Progress | None = None) -
     return CompareStudy.load(root / "compare" / "compare.json")
 
 
-def counted(found: CompareStudy) -> dict[str, Any]:
-    """All but what is measured."""
-    content = found.model_dump(mode="json")
+def counted(comparison: CompareStudy) -> dict[str, Any]:
+    """All of the document but measured times."""
+    content = comparison.model_dump(mode="json")
     for method in content["methods"]:
         for row in method["found"]:
             del row["cpu_seconds"]
@@ -114,8 +114,8 @@ def finished(folder: Path) -> tuple[Path, CompareStudy]:
 
 
 def budgeted(folder: Path) -> dict[str, tuple[int, list[float]]]:
-    """Architectures of the file in the budget: MACs and accuracies, read and counted
-    without the study's own code.
+    """MACs and accuracies of the file's architectures within the budget, read and
+    counted without the study's own code.
     """
     with open(folder / "truth.csv") as file:
         rows = {
@@ -132,17 +132,20 @@ def budgeted(folder: Path) -> dict[str, tuple[int, list[float]]]:
 def test_ranks_are_those_among_the_architectures_in_the_budget(
     folder: Path, finished: tuple[Path, CompareStudy]
 ) -> None:
-    root, found = finished
+    root, comparison = finished
     inside = {name: np.mean(values) for name, (_, values) in budgeted(folder).items()}
-    assert 20 < found.architectures == len(inside) < found.truth.networks
-    assert found.best_accuracy == pytest.approx(max(inside.values())) and inside[found.best] == max(
-        inside.values()
-    )
-    assert [method.name for method in found.methods] == ["spos", "one-shot"] and found.seeds == (
+    assert 20 < comparison.architectures == len(inside) < comparison.truth.networks
+    assert comparison.best_accuracy == pytest.approx(max(inside.values())) and inside[
+        comparison.best
+    ] == max(inside.values())
+    assert [method.name for method in comparison.methods] == [
+        "spos",
+        "one-shot",
+    ] and comparison.seeds == (
         5,
         6,
     )
-    for method in found.methods:
+    for method in comparison.methods:
         assert [row.seed for row in method.found] == [5, 6]
         for row in method.found:
             searched = SearchResult.load(root / f"{method.name}-{row.seed}" / "search.json")
@@ -155,54 +158,59 @@ def test_ranks_are_those_among_the_architectures_in_the_budget(
             assert row.rank == sum(value >= own for value in inside.values())
             assert row.cpu_seconds is not None and row.cpu_seconds > 0
         assert method.rank == np.median([row.rank for row in method.found])
-        one = np.mean(
+        expected = np.mean(
             [
                 [(row.accuracy > value) + (row.accuracy == value) / 2 for value in inside.values()]
                 for row in method.found
             ]
         )
-        assert method.p_better_than_one.value == pytest.approx(one)
-    (pair,) = found.pairwise
+        assert method.p_better_than_one.value == pytest.approx(expected)
+    (pair,) = comparison.pairwise
     wins = [
         (a.accuracy > b.accuracy) + (a.accuracy == b.accuracy) / 2
-        for a in found.methods[0].found
-        for b in found.methods[1].found
+        for a in comparison.methods[0].found
+        for b in comparison.methods[1].found
     ]
     assert pair.beats.value == np.mean(wins) and (pair.first, pair.second) == ("spos", "one-shot")
 
 
 def test_costs_are_counted(finished: tuple[Path, CompareStudy]) -> None:
-    """Random search trains one path a step, whose MACs its log has, and evaluates its
-    candidates once, on all held-out images.
+    """Random search trains one path per step, whose MACs are in its log, and evaluates
+    its candidates once, on all held-out images.
     """
-    root, found = finished
-    for row in found.methods[1].found:
+    root, comparison = finished
+    for row in comparison.methods[1].found:
         folder = root / f"one-shot-{row.seed}"
         result, steps = (
             SearchResult.load(folder / "search.json"),
             JsonLines(folder / "metrics.jsonl").read(),
         )
+        # a gradient costs three forward passes
         trained = sum(3 * BATCH * step["macs"] for step in steps)
         # 288: a fifth of the 1,438 digits
-        evaluated = sum((RECALIBRATION + 288) * each.predicted for each in result.candidates)
+        evaluated = sum(
+            (RECALIBRATION + 288) * candidate.predicted for candidate in result.candidates
+        )
         assert row.cost.macs == pytest.approx(trained + evaluated, rel=1e-9)
         assert (row.cost.training_images, row.cost.evaluated) == (
             BATCH * len(steps),
             len(result.candidates),
         )
-    spos = found.methods[0].found[0].cost
+    spos = comparison.methods[0].found[0].cost
     assert (
         spos.evaluated == 6 + 3 + 3 + 3
     )  # the evolution's, and the candidates of the last ranking
-    mean = np.mean([row.cost.macs for row in found.methods[0].found])
-    assert found.methods[0].cost == pytest.approx(mean / found.standalone_macs)
+    mean = np.mean([row.cost.macs for row in comparison.methods[0].found])
+    assert comparison.methods[0].cost == pytest.approx(mean / comparison.standalone_macs)
     assert (
-        found.methods[0].equal is not None
-        and found.methods[0].equal.trainings == int(np.ceil(mean / found.standalone_macs)) > 1
+        comparison.methods[0].equal is not None
+        and comparison.methods[0].equal.trainings
+        == int(np.ceil(mean / comparison.standalone_macs))
+        > 1
     )
 
 
-def test_random_search_is_what_many_random_searches_find(
+def test_random_search_agrees_with_many_simulated_ones(
     folder: Path, finished: tuple[Path, CompareStudy]
 ) -> None:
     pool = comparison_pool(study(folder), SPACE)
@@ -227,19 +235,19 @@ def test_random_search_is_what_many_random_searches_find(
 
 
 @pytest.mark.slow
-def test_again_nothing_is_done_and_a_further_seed_searches_alone(
+def test_a_second_run_does_nothing_and_a_new_seed_keeps_earlier_results(
     folder: Path, finished: tuple[Path, CompareStudy]
 ) -> None:
     root, before = finished
-    said = Saying()
-    assert compared(study(folder), root, said) == before
-    assert set(said.said) == {
+    progress = Saying()
+    assert compared(study(folder), root, progress) == before
+    assert set(progress.said) == {
         f"{name}: up to date, skipped"
         for name in ("spos-5", "one-shot-5", "spos-6", "one-shot-6", "compare")
     }
     assert not list(root.glob("*/*.safetensors"))
     shutil.copytree(root, folder / "more")
-    after = compared(study(folder, seeds=[5, 6, 7]), folder / "more", said)
+    after = compared(study(folder, seeds=[5, 6, 7]), folder / "more", progress)
     assert [method.found[:2] for method in after.methods] == [
         method.found for method in before.methods
     ]
@@ -249,7 +257,7 @@ def test_again_nothing_is_done_and_a_further_seed_searches_alone(
 @pytest.mark.parametrize(
     ("where", "steps"), [("one-shot-5: searching", 2), ("spos-6: evolution", 5)]
 )
-def test_a_killed_study_ends_as_one_that_was_not(
+def test_a_killed_study_ends_like_an_uninterrupted_one(
     folder: Path, finished: tuple[Path, CompareStudy], tmp_path: Path, where: str, steps: int
 ) -> None:
     with pytest.raises(Killed):
@@ -257,7 +265,7 @@ def test_a_killed_study_ends_as_one_that_was_not(
     after = compared(study(folder), tmp_path / "run")
     assert counted(after) == counted(finished[1])
     interrupted = [row.cpu_seconds is None for method in after.methods for row in method.found]
-    assert sum(interrupted) == 1  # what was measured of it is not the whole
+    assert sum(interrupted) == 1  # only a part of its time was measured
 
 
 @pytest.mark.slow
@@ -277,14 +285,14 @@ def test_a_failed_search_is_reported_and_leaves_the_others(
         return step(self, ctx)
 
     monkeypatch.setattr(SPOS, "step", diverging)
-    said = Saying()
-    found = compared(study(folder), tmp_path / "run", said)
-    assert found.methods[0].failed == {"5": "the loss is nan at step 0."}
-    assert [row.seed for row in found.methods[0].found] == [6]
-    assert [row.rank for row in found.methods[1].found] == [
+    progress = Saying()
+    comparison = compared(study(folder), tmp_path / "run", progress)
+    assert comparison.methods[0].failed == {"5": "the loss is nan at step 0."}
+    assert [row.seed for row in comparison.methods[0].found] == [6]
+    assert [row.rank for row in comparison.methods[1].found] == [
         row.rank for row in finished[1].methods[1].found
     ]
-    assert "spos has no result for seed 5: the loss is nan at step 0." in said.said
+    assert "spos has no result for seed 5: the loss is nan at step 0." in progress.said
     with pytest.raises(HwnasError, match=r"every search failed.*the loss is nan"):
         compared(study(folder, seeds=[5], compare={"methods": METHODS[:1]}), tmp_path / "alone")
     monkeypatch.undo()
@@ -325,7 +333,7 @@ def test_a_failed_search_is_reported_and_leaves_the_others(
         ({"table": "x.json"}, {}, "remove it, or limit MACs"),
     ],
 )
-def test_what_cannot_be_compared_is_said_before_any_training(
+def test_impossible_comparisons_are_refused_before_any_training(
     folder: Path, tmp_path: Path, search: dict[str, Any], settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises((ConfigError, TargetError), match=words) as error:
@@ -345,14 +353,14 @@ def test_what_cannot_be_compared_is_said_before_any_training(
         ({"compare": {"methods": [{"strategy": "spos", "name": "a/b"}]}}, "name"),
     ],
 )
-def test_settings_that_contradict_each_other(
+def test_contradictory_settings_are_refused(
     folder: Path, settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
         study(folder, **settings)
 
 
-def test_a_truth_that_lacks_architectures(folder: Path, tmp_path: Path) -> None:
+def test_a_truth_that_lacks_architectures_is_refused(folder: Path, tmp_path: Path) -> None:
     lines = (folder / "truth.csv").read_text().splitlines()
     (tmp_path / "part.csv").write_text("\n".join(lines[: len(lines) // 2]))
     with pytest.raises(
@@ -364,7 +372,7 @@ def test_a_truth_that_lacks_architectures(folder: Path, tmp_path: Path) -> None:
         compared(study(folder, truth=str(tmp_path / "part.csv")), tmp_path / "run")
 
 
-def test_a_method_changes_what_it_names_and_no_more(folder: Path) -> None:
+def test_a_method_changes_only_what_it_names(folder: Path) -> None:
     config = study(folder)
     first, second = (
         method_experiment(config, method, 9) for method in config.study.compare.methods
@@ -377,6 +385,18 @@ def test_a_method_changes_what_it_names_and_no_more(folder: Path) -> None:
     )
     assert first.search.main_budget == second.search.main_budget
     assert first.search.main_budget.most == pytest.approx(200_000 / 1.3)
+
+
+def test_old_keys_inside_a_method_are_read(folder: Path) -> None:
+    method = {"strategy": "spos", "search": {"optimizer": {"unused": "move"}}}
+    config = study(folder, compare={"methods": [method]})
+    with pytest.warns(
+        FutureWarning,
+        match=r"study\.compare\.methods, 'spos': search\.optimizer\.unused = 'move' is now",
+    ):
+        search = method_experiment(config, config.study.compare.methods[0], 5).search
+    assert search.optimizer.inactive_weights == "decay"
+    assert search.optimizer.lr == config.search.optimizer.lr
 
 
 def test_the_command_and_its_exit_code(

@@ -1,4 +1,4 @@
-"""Rank metrics against scipy, and against ties that are worked out by hand."""
+"""Rank metrics against scipy, and against cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_kendall_and_spearman_are_scipys(pairs: list[tuple[int, int]]) -> None:
     assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
 
 
-def test_kendall_is_scipys_where_there_are_many() -> None:
+def test_kendall_is_scipys_for_many_values() -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(size=3000)
     b = np.round(a + rng.normal(size=3000), 1)
@@ -66,7 +66,7 @@ def test_regret_precision_and_random_by_hand() -> None:
 
 def test_ties_at_the_edge_are_shared_or_count_against_the_score() -> None:
     truth, score = np.array([4.0, 3.0, 2.0, 1.0]), np.array([3.0, 2.0, 2.0, 1.0])
-    assert metrics.precision(score, truth, 2) == 0.75  # the first, and half a seat of the second
+    assert metrics.precision(score, truth, 2) == 0.75  # the first, and half of the tied second
     flat = np.zeros(4)
     assert metrics.precision(flat, truth, 2) == 0.5
     assert metrics.regret(flat, truth, 1) == 3
@@ -78,13 +78,13 @@ def test_precision_is_the_mean_over_orders_of_the_ties(
     pairs: list[tuple[int, int]], k: int
 ) -> None:
     score, truth = np.array(pairs, dtype=float).T
-    k, rng, found = min(k, len(truth)), np.random.default_rng(0), []
+    k, rng, precisions = min(k, len(truth)), np.random.default_rng(0), []
     for _ in range(100):
         chosen, best = (
             set(np.lexsort((rng.random(len(truth)), -values))[:k]) for values in (score, truth)
         )
-        found.append(len(chosen & best) / k)
-    assert metrics.precision(score, truth, k) == pytest.approx(np.mean(found), abs=0.25)
+        precisions.append(len(chosen & best) / k)
+    assert metrics.precision(score, truth, k) == pytest.approx(np.mean(precisions), abs=0.25)
     assert metrics.precision(truth, truth + 0.01 * np.arange(len(truth)), len(truth)) == 1
 
 
@@ -100,18 +100,18 @@ def test_the_top_tenth_is_of_the_truth() -> None:
     assert metrics.kendall_top(score, truth) == -1
 
 
-def test_the_interval_holds_the_value_and_is_the_same_each_time() -> None:
+def test_the_interval_contains_the_value_and_is_reproducible() -> None:
     rng = np.random.default_rng(1)
     truth = rng.normal(size=200)
     score = truth + rng.normal(size=200)
-    found = [
+    intervals = [
         metrics.bootstrap(metrics.kendall, score, truth, np.random.default_rng(0), 400, 0.95)
         for _ in range(2)
     ]
-    assert found[0] == found[1] is not None
-    assert found[0][0] < metrics.kendall(score, truth) < found[0][1]
+    assert intervals[0] == intervals[1] is not None
+    assert intervals[0][0] < metrics.kendall(score, truth) < intervals[0][1]
     # scipy's standard error for tau at this size is about 0.035
-    assert 0.05 < found[0][1] - found[0][0] < 0.2
+    assert 0.05 < intervals[0][1] - intervals[0][0] < 0.2
 
 
 @pytest.mark.slow
@@ -135,15 +135,13 @@ def test_without_differences_there_is_no_interval() -> None:
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=14, unique=True), st.data())
-def test_mann_whitney_is_scipys_where_nothing_is_tied(
-    values: list[int], data: st.DataObject
-) -> None:
+def test_mann_whitney_is_scipys_without_ties(values: list[int], data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, len(values) - 1))
     a, b = np.array(values[:cut], dtype=float), np.array(values[cut:], dtype=float)
-    judge = mannwhitneyu(a, b, method="exact")
-    assert metrics.wins(a, b).sum() == judge.statistic
-    assert metrics.mann_whitney(a, b) == pytest.approx(judge.pvalue, abs=1e-12)
-    assert metrics.mann_whitney(b, a) == pytest.approx(judge.pvalue, abs=1e-12)
+    reference = mannwhitneyu(a, b, method="exact")
+    assert metrics.wins(a, b).sum() == reference.statistic
+    assert metrics.mann_whitney(a, b) == pytest.approx(reference.pvalue, abs=1e-12)
+    assert metrics.mann_whitney(b, a) == pytest.approx(reference.pvalue, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -156,17 +154,19 @@ def test_mann_whitney_with_ties_is_scipys_over_all_permutations(
     def u(x: np.ndarray, y: np.ndarray) -> float:
         return float(mannwhitneyu(x, y, method="asymptotic").statistic)
 
-    judge = permutation_test(
+    reference = permutation_test(
         (a, b), u, permutation_type="independent", n_resamples=np.inf, alternative="two-sided"
     )
-    assert metrics.mann_whitney(np.array(a), np.array(b)) == pytest.approx(judge.pvalue, abs=1e-12)
+    assert metrics.mann_whitney(np.array(a), np.array(b)) == pytest.approx(
+        reference.pvalue, abs=1e-12
+    )
 
 
 def test_superiority_and_its_p_value_by_hand() -> None:
     a, b = np.array([2.0, 3.0]), np.array([1.0, 2.0])
     assert metrics.wins(a, b).tolist() == [[1.0, 0.5], [1.0, 1.0]]
     # ranks 2.5, 4 and 1, 2.5: of the six pairs of ranks, two have the sum 6.5 (4 with
-    # either 2.5) and none more; 2 x 2 / 6
+    # either 2.5) and none has a larger one; 2 x 2 / 6
     assert metrics.mann_whitney(a, b) == pytest.approx(4 / 6)
     assert metrics.mann_whitney(a, a) == 1
     five = np.arange(5.0)
@@ -176,8 +176,8 @@ def test_superiority_and_its_p_value_by_hand() -> None:
 def test_best_of_random_by_hand() -> None:
     choice = np.array([0.9, 0.8, 0.8, 0.1])
     assert metrics.best_of_random(choice, 1).tolist() == [0.25] * 4
-    # of two draws: the best unless neither is it, 1 - (3/4)^2; the worst only twice,
-    # 1/16; those tied share the rest
+    # of two draws, the best wins unless neither is it, 1 - (3/4)^2; the worst only if
+    # drawn twice, 1/16; the tied ones share the rest
     assert metrics.best_of_random(choice, 2) == pytest.approx([7 / 16, 4 / 16, 4 / 16, 1 / 16])
 
 
@@ -192,11 +192,11 @@ def test_random_search_reaches_a_rank_with_the_papers_probability(
         assert probability[choice >= value].sum() == pytest.approx(1 - (1 - r / len(choice)) ** k)
 
 
-def test_the_interval_over_seeds_is_scipys_idea_of_it() -> None:
+def test_the_interval_over_seeds_agrees_with_scipys() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.4, 1, 12), rng.normal(0, 1, 10)
     low, high = metrics.bootstrap_wins(metrics.wins(a, b), np.random.default_rng(1), 4000, 0.9)
-    judge = bootstrap((a, b), lambda x, y: float(mannwhitneyu(x, y).statistic) / 120, confidence_level=0.9, n_resamples=2000,
+    reference = bootstrap((a, b), lambda x, y: float(mannwhitneyu(x, y).statistic) / 120, confidence_level=0.9, n_resamples=2000,
                       method="percentile", vectorized=False, rng=np.random.default_rng(2))  # fmt: skip
-    assert (low, high) == pytest.approx(tuple(judge.confidence_interval), abs=0.03)
+    assert (low, high) == pytest.approx(tuple(reference.confidence_interval), abs=0.03)
     assert metrics.bootstrap_wins(np.full((3, 1), 0.25), rng, 50, 0.9) == (0.25, 0.25)

@@ -1,5 +1,5 @@
-"""Networks evaluated one after another, with the blocks that they share run once: the
-numbers of whole passes, from fewer blocks.
+"""Networks evaluated one after another, with the blocks that they share run only once:
+the logits are those of whole passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import Supernet, make_supernet
 from hwnas.search.proposal import one_hot
 from hwnas.study import prefixes as module
-from hwnas.study.prefixes import PART_OF_MEMORY, Maps, Prefixes, memory_for_maps
+from hwnas.study.prefixes import MEMORY_FRACTION, Maps, Prefixes, memory_for_maps
 from tests.search.staging import elastic_digits_space
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def rows(space: SearchSpace, count: int) -> list[np.ndarray]:
 
 
 class Runs:
-    """Counts runs of the blocks of networks on batches."""
+    """Counts how often blocks of networks run on a batch."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -81,18 +81,19 @@ def test_logits_are_those_of_a_whole_pass(kind: str, memory: int) -> None:
     estimating, evaluated = images(supernet.space, 3, 1), images(supernet.space, 2, 2)
     prefixes = Prefixes(Maps(estimating, evaluated), memory=memory)
     for row in rows(supernet.space, 12):
-        found = prefixes.logits(network_of(supernet, row))
-        alone = network_of(supernet, row)
-        recalibrate(alone, estimating)
+        logits = prefixes.logits(network_of(supernet, row))
+        separate = network_of(supernet, row)
+        recalibrate(separate, estimating)
         with torch.inference_mode():
             assert all(
-                torch.equal(a, alone(x_NCHW)) for a, x_NCHW in zip(found, evaluated, strict=True)
+                torch.equal(a, separate(x_NCHW))
+                for a, x_NCHW in zip(logits, evaluated, strict=True)
             )
 
 
 @pytest.mark.parametrize("kind", sorted(SPACES))
 @pytest.mark.parametrize("tracked", [False, True])
-def test_without_recalibration_they_are_the_super_nets(kind: str, tracked: bool) -> None:
+def test_without_recalibration_logits_are_the_super_nets(kind: str, tracked: bool) -> None:
     supernet = supernet_of(SPACES[kind], bn_track=tracked)
     if tracked:
         generator = torch.Generator().manual_seed(5)
@@ -102,10 +103,10 @@ def test_without_recalibration_they_are_the_super_nets(kind: str, tracked: bool)
     evaluated = images(supernet.space, 2, 2)
     prefixes = Prefixes(Maps((), evaluated), by_batch=not tracked)
     for row in rows(supernet.space, 8):
-        found = prefixes.logits(network_of(supernet, row))
+        by_batch = prefixes.logits(network_of(supernet, row))
         gates = one_hot(supernet.space.at(row), supernet.space)
         with torch.inference_mode():
-            for logits, x_NCHW in zip(found, evaluated, strict=True):
+            for logits, x_NCHW in zip(by_batch, evaluated, strict=True):
                 torch.testing.assert_close(logits, supernet(x_NCHW, gates), rtol=1e-3, atol=1e-4)
 
 
@@ -116,6 +117,7 @@ def test_common_blocks_run_once() -> None:
     row = rows(supernet.space, 1)[0]
     network = runs.of(network_of(supernet, row))
     prefixes.logits(network)
+    # on three batches that estimate BN statistics, and two that are evaluated
     assert runs.count == 5 * len(network.blocks)
     runs.count = 0
     prefixes.logits(runs.of(network_of(supernet, row)))
@@ -128,8 +130,8 @@ def test_common_blocks_run_once() -> None:
 
 
 def test_other_weights_are_noticed() -> None:
-    """A block that looks alike but whose weights differ, such as one that only shares
-    some, is run.
+    """A block that looks the same but has other weights, such as one that shares only
+    some of them, is run.
     """
     supernet = supernet_of(SPACES["chain"])
     estimating, evaluated = images(supernet.space, 3, 1), images(supernet.space, 2, 2)
@@ -163,12 +165,12 @@ def test_maps_that_do_not_fit_are_not_kept() -> None:
         assert runs.count == 5 * (len(network.blocks) - kept)
 
 
-def test_maps_take_a_part_of_what_a_container_may_have(
+def test_maps_take_a_part_of_a_containers_memory_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CGROUP", tmp_path / "memory.max")
-    whole = memory_for_maps(torch.device("cpu"))
+    unlimited = memory_for_maps(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_for_maps(torch.device("cpu")) == whole > 2**20
+    assert memory_for_maps(torch.device("cpu")) == unlimited > 2**20
     (tmp_path / "memory.max").write_text("6000000\n")
-    assert memory_for_maps(torch.device("cpu")) == int(PART_OF_MEMORY * 6_000_000)
+    assert memory_for_maps(torch.device("cpu")) == int(MEMORY_FRACTION * 6_000_000)

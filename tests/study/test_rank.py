@@ -1,5 +1,5 @@
-"""The study from configuration to document: trained, killed, resumed, with a failed
-training, a failed architecture, on earlier weights.
+"""The ranking study from configuration to document: trained, killed and resumed, with a
+failed training or architecture, and with the super-net of an earlier search.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hwnas.runs import JsonLines
 from hwnas.search.angle import Angles
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.studies import study_rank
-from hwnas.study.documents import Estimate, RankStudy
+from hwnas.study.documents import IntervalEstimate, RankStudy
 from hwnas.study.rank import METRICS, estimates
 from hwnas.study.scores import Scorer
 from hwnas.study.truth import read_truth
@@ -39,7 +39,7 @@ SCORES = ("accuracy", "loss", "angle", "macs")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A space document, and a truth that follows the MACs but for noise."""
+    """A space document, and a ground truth that follows the MACs except for noise."""
     root = tmp_path_factory.mktemp("study")
     SPACE.save(root / "tiny.json")
     rng, archs = np.random.default_rng(0), {}
@@ -85,40 +85,43 @@ def finished(folder: Path) -> tuple[Path, RankStudy]:
 
 
 def test_metrics_are_those_of_the_scores(finished: tuple[Path, RankStudy]) -> None:
-    _, found = finished
-    assert [result.name for result in found.scores] == [*SCORES, "accuracy+angle"]
-    assert [supernet.seed for supernet in found.supernets] == [5, 6]
-    assert len(found.points) == found.architectures == 12
-    truth, macs = np.array([(point.truth, point.scores["macs"]) for point in found.points]).T
-    of_macs = next(result for result in found.scores if result.name == "macs")
+    _, ranking = finished
+    assert [result.name for result in ranking.scores] == [*SCORES, "accuracy+angle"]
+    assert [supernet.seed for supernet in ranking.supernets] == [5, 6]
+    assert len(ranking.points) == ranking.architectures == 12
+    truth, macs = np.array([(point.truth, point.scores["macs"]) for point in ranking.points]).T
+    of_macs = next(result for result in ranking.scores if result.name == "macs")
     assert of_macs.supernets[0]["kendall"].value == pytest.approx(kendalltau(macs, truth).statistic)
-    assert of_macs.spread["kendall"].std == 0
-    assert all(each["over_macs"] == Estimate(value=0, low=0, high=0) for each in of_macs.supernets)
-    loss = next(result for result in found.scores if result.name == "loss").supernets[0]
+    assert of_macs.over_supernets["kendall"].std == 0
+    assert all(
+        by_metric["over_macs"] == IntervalEstimate(value=0, low=0, high=0)
+        for by_metric in of_macs.supernets
+    )
+    loss = next(result for result in ranking.scores if result.name == "loss").supernets[0]
     assert loss["over_macs"].value == pytest.approx(
         loss["kendall"].value - kendalltau(macs, truth).statistic
     )  # type: ignore[operator]
-    for result in found.scores:
-        for each in result.supernets:
-            assert set(each) == set(METRICS)
-            tau = each["kendall"]
+    for result in ranking.scores:
+        for by_metric in result.supernets:
+            assert set(by_metric) == set(METRICS)
+            tau = by_metric["kendall"]
             assert result.name == "accuracy" or (
                 tau.low is not None and tau.high is not None and tau.low <= tau.high
             )
-    angle = next(result for result in found.scores if result.name == "angle")
-    values = [each["kendall"].value for each in angle.supernets]
+    angle = next(result for result in ranking.scores if result.name == "angle")
+    values = [by_metric["kendall"].value for by_metric in angle.supernets]
     assert values[0] != values[1]
-    assert angle.spread["kendall"].mean == pytest.approx(np.mean(values))  # type: ignore[arg-type]
-    assert angle.spread["kendall"].std == pytest.approx(np.std(values, ddof=1))  # type: ignore[call-overload]
+    assert angle.over_supernets["kendall"].mean == pytest.approx(np.mean(values))  # type: ignore[arg-type]
+    assert angle.over_supernets["kendall"].std == pytest.approx(np.std(values, ddof=1))  # type: ignore[call-overload]
 
 
 def test_a_lower_loss_ranks_higher(finished: tuple[Path, RankStudy]) -> None:
-    root, found = finished
+    root, ranking = finished
     rows = {row["architecture"]: row["scores"]["loss"] for row in _rows(root)[0]}
-    truth = {point.name: point.truth for point in found.points}
-    loss = next(result for result in found.scores if result.name == "loss").supernets
+    truth = {point.name: point.truth for point in ranking.points}
+    loss = next(result for result in ranking.scores if result.name == "loss").supernets
     expected = kendalltau([-rows[name] for name in truth], list(truth.values())).statistic
-    assert any(each["kendall"].value == pytest.approx(expected) for each in loss)
+    assert any(by_metric["kendall"].value == pytest.approx(expected) for by_metric in loss)
 
 
 def _rows(root: Path) -> list[list[dict[str, Any]]]:
@@ -126,44 +129,48 @@ def _rows(root: Path) -> list[list[dict[str, Any]]]:
 
 
 def test_the_gap_and_the_noise_of_the_truth(finished: tuple[Path, RankStudy]) -> None:
-    _, found = finished
-    gap = found.supernets[0].gap
+    _, ranking = finished
+    gap = ranking.supernets[0].gap
     assert gap is not None
-    assert gap.alone == pytest.approx(np.mean([point.truth for point in found.points]))
-    assert gap.difference == pytest.approx(gap.alone - gap.supernet) and gap.difference > 0
-    assert (found.truth.networks, found.truth.repeats, found.truth.columns) == (
+    assert gap.standalone == pytest.approx(np.mean([point.truth for point in ranking.points]))
+    assert gap.difference == pytest.approx(gap.standalone - gap.supernet) and gap.difference > 0
+    assert (ranking.truth.networks, ranking.truth.repeats, ranking.truth.columns) == (
         30,
         2,
         ("acc1", "acc2"),
     )
-    assert found.truth.kendall is not None and 0.5 < found.truth.kendall < 1
+    assert ranking.truth.kendall is not None and 0.5 < ranking.truth.kendall < 1
 
 
-def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(
+def test_a_second_run_does_nothing_and_more_architectures_keep_the_old_scores(
     folder: Path, finished: tuple[Path, RankStudy]
 ) -> None:
     root, before = finished
-    said = Saying()
-    ranked(study(folder, seeds=[5, 6]), root, said)
+    progress = Saying()
+    ranked(study(folder, seeds=[5, 6]), root, progress)
     assert {
         "supernet-5: up to date, skipped",
         "supernet-6: up to date, skipped",
         "rank: up to date, skipped",
-    } <= set(said.said)
+    } <= set(progress.said)
     copy = folder / "more"
     shutil.copytree(root, copy)
     after = ranked(study(folder, seeds=[5, 6], architectures=15), copy)
     assert [
         point for point in after.points if point.name in {p.name for p in before.points}
     ] == list(before.points)
-    assert all(len(rows) == 15 for rows in _rows(copy))  # twelve were there
+    assert all(len(rows) == 15 for rows in _rows(copy))  # twelve of them existed
     wider = ranked(study(folder, seeds=[5, 6], architectures=15, scores=[*SCORES, "synflow"]), copy)
     assert {"synflow", *SCORES} == set(wider.points[0].scores)
-    said = Saying()
+    progress = Saying()
     config = study(folder, seeds=[5, 6])
-    judged = config.search.model_copy(update={"evaluation_images": 77, "recalibration_images": 66})
-    other = ranked(config.model_copy(update={"search": judged}), copy, said)
-    assert {"supernet-5: up to date, skipped", "supernet-6: up to date, skipped"} <= set(said.said)
+    evaluated = config.search.model_copy(
+        update={"evaluation_images": 77, "recalibration_images": 66}
+    )
+    other = ranked(config.model_copy(update={"search": evaluated}), copy, progress)
+    assert {"supernet-5: up to date, skipped", "supernet-6: up to date, skipped"} <= set(
+        progress.said
+    )
     assert [point.scores["loss"] for point in other.points] != [
         point.scores["loss"] for point in before.points
     ]
@@ -172,7 +179,7 @@ def test_again_nothing_is_done_and_more_architectures_keep_the_old_scores(
 @pytest.mark.parametrize(
     ("where", "steps"), [("training a super-net", 5), ("scoring", 4), ("bootstrap", 2)]
 )
-def test_a_killed_study_ends_as_one_that_was_not(
+def test_a_killed_study_ends_like_an_uninterrupted_one(
     folder: Path, finished: tuple[Path, RankStudy], tmp_path: Path, where: str, steps: int
 ) -> None:
     config = study(folder, seeds=[5, 6])
@@ -194,12 +201,12 @@ def test_a_failed_training_is_reported_and_leaves_the_others(
         return step(self, ctx)
 
     monkeypatch.setattr(SPOS, "step", diverging)
-    said = Saying()
+    progress = Saying()
     config = study(folder, seeds=[5, 6])
-    found = ranked(config, tmp_path / "run", said)
-    assert found.failed_trainings == {"5": "the loss is nan at step 0."}
-    assert found.supernets == finished[1].supernets[1:]
-    assert any("seed 5 has no super-net: the loss is nan" in line for line in said.said)
+    ranking = ranked(config, tmp_path / "run", progress)
+    assert ranking.failed_trainings == {"5": "the loss is nan at step 0."}
+    assert ranking.supernets == finished[1].supernets[1:]
+    assert any("seed 5 has no super-net: the loss is nan" in line for line in progress.said)
     with pytest.raises(HwnasError, match=r"no super-net was trained.*the loss is nan"):
         ranked(study(folder, seeds=[5]), tmp_path / "alone")
     monkeypatch.undo()
@@ -218,15 +225,15 @@ def test_a_failed_architecture_is_reported_and_leaves_the_others(
         return score(self, picks, names)
 
     monkeypatch.setattr(Scorer, "score", failing)
-    found = ranked(study(folder), tmp_path / "run")
-    assert found.supernets[0].failed == {bad: "its loss is nan"}
-    assert found.supernets[0].scored == 11
-    assert [point.name for point in found.points] == [
+    ranking = ranked(study(folder), tmp_path / "run")
+    assert ranking.supernets[0].failed == {bad: "its loss is nan"}
+    assert ranking.supernets[0].scored == 11
+    assert [point.name for point in ranking.points] == [
         point.name for point in finished[1].points if point.name != bad
     ]
 
 
-def test_an_earlier_search_lends_its_supernet(
+def test_the_super_net_of_an_earlier_search_can_be_used(
     folder: Path, tmp_path: Path, finished: tuple[Path, RankStudy]
 ) -> None:
     plain = study(
@@ -242,12 +249,12 @@ def test_an_earlier_search_lends_its_supernet(
     Pipeline(
         plain.model_copy(update={"search": search}), tmp_path / "searched", Progress()
     ).run_stage("search")
-    found = ranked(study(folder, supernets=[str(tmp_path / "searched")]), tmp_path / "run")
+    ranking = ranked(study(folder, supernets=[str(tmp_path / "searched")]), tmp_path / "run")
     assert not (tmp_path / "run" / "supernet-5").exists()
-    assert found.supernets[0].strategy == "spos"
+    assert ranking.supernets[0].strategy == "spos"
     of_first = [result.supernets[:1] for result in finished[1].scores]
     # the same training as the study's own of that seed
-    assert [result.supernets for result in found.scores] == of_first
+    assert [result.supernets for result in ranking.scores] == of_first
 
 
 @pytest.mark.parametrize(
@@ -261,7 +268,7 @@ def test_an_earlier_search_lends_its_supernet(
         ({}, {"accuracies": ["acc3"]}, "no column 'acc3'"),
     ],
 )
-def test_what_cannot_be_studied_is_said_before_any_training(
+def test_impossible_studies_are_refused_before_any_training(
     folder: Path, tmp_path: Path, search: dict[str, Any], settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises((ConfigError, TableError), match=words):
@@ -279,7 +286,7 @@ def test_what_cannot_be_studied_is_said_before_any_training(
         ({"combinations": [["accuracy"]]}, "give two or more of study.scores"),
     ],
 )
-def test_settings_that_contradict_each_other(
+def test_contradictory_settings_are_refused(
     folder: Path, settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
@@ -287,8 +294,8 @@ def test_settings_that_contradict_each_other(
 
 
 def test_the_angle_is_from_the_weights_after_the_base_epochs(folder: Path, tmp_path: Path) -> None:
-    """Killed before and behind them: the same file, and the angles of a training that
-    was not killed.
+    """Killed before and after them, a training gives the same angles as one that was
+    not killed.
     """
     config = study(folder, scores=["angle"], combinations=[], base_epochs=0.1)
     straight = ranked(config, tmp_path / "straight")
@@ -312,22 +319,22 @@ def test_the_angle_is_from_the_weights_after_the_base_epochs(folder: Path, tmp_p
     assert ranked(config, tmp_path / "killed").points == straight.points
 
 
-def test_base_epochs_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+def test_impossible_base_epochs_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"base_epochs = 0\.3 is not below search\.epochs = 0\.3"):
         ranked(study(folder, base_epochs=0.3), tmp_path)
     with pytest.raises(ConfigError, match=r"study\.supernets keep only the last weights"):
         ranked(study(folder, base_epochs=0.1, supernets=["x"]), tmp_path)
 
 
-def test_a_difference_to_macs_is_of_the_same_networks() -> None:
-    """A score that follows the MACs closely is told from them where the intervals of
-    the two taus overlap.
+def test_differences_to_macs_are_paired_by_network() -> None:
+    """A score that follows the MACs closely is told apart from them even though the
+    intervals of the two taus overlap.
     """
     rng = np.random.default_rng(0)
     truth_N = rng.normal(size=200)
     macs_N = truth_N + rng.normal(size=200)
     score_N = 0.8 * macs_N + 0.2 * truth_N
     config = StudyConfig(bootstrap=200)
-    found, macs = estimates(config, score_N, truth_N, macs_N), estimates(config, macs_N, truth_N)
-    assert found["kendall"].low < macs["kendall"].high and found["over_macs"].low > 0  # type: ignore[operator]
-    assert macs["over_macs"] == Estimate(value=None)
+    score, macs = estimates(config, score_N, truth_N, macs_N), estimates(config, macs_N, truth_N)
+    assert score["kendall"].low < macs["kendall"].high and score["over_macs"].low > 0  # type: ignore[operator]
+    assert macs["over_macs"] == IntervalEstimate(value=None)

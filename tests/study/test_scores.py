@@ -1,5 +1,5 @@
-"""Scores of architectures: against plain formulas on their networks, and that each
-looks at what it says.
+"""Scores of architectures: against plain formulas on their networks, and that each uses
+the weights and statistics that it should.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def config() -> Experiment:
 
 
 def scorer(config: Experiment, seed: int = 3, moved: float = 0.1) -> Scorer:
-    """A scorer of a super-net whose weights have moved from their initialisation by
-    ``moved`` of themselves, at random.
+    """A scorer of a super-net whose weights have moved at random from their
+    initialisation, by ``moved`` of their mean size.
     """
     supernet = MacroSupernet(SPACE, torch.Generator().manual_seed(seed), config.search.supernet)
     generator = torch.Generator().manual_seed(0)
@@ -52,33 +52,35 @@ def flat(network: torch.nn.Module) -> np.ndarray:
     return np.concatenate([layer.weight.detach().double().numpy().ravel() for layer in layers])
 
 
-def test_the_initialisation_is_found_again(config: Experiment) -> None:
-    one = scorer(config, moved=0.0)
+def test_the_initialisation_is_reproduced(config: Experiment) -> None:
+    unmoved = scorer(config, moved=0.0)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(one.initial.parameters(), one.supernet.parameters(), strict=True)
+        for a, b in zip(unmoved.initial.parameters(), unmoved.supernet.parameters(), strict=True)
     )
-    assert one.score(PICKS[0], ["angle"])["angle"] == pytest.approx(0, abs=1e-6)
+    assert unmoved.score(PICKS[0], ["angle"])["angle"] == pytest.approx(0, abs=1e-6)
     assert (
-        initial_supernet(one.supernet, 4).classifier.weight.ne(one.supernet.classifier.weight).any()
+        initial_supernet(unmoved.supernet, 4)
+        .classifier.weight.ne(unmoved.supernet.classifier.weight)
+        .any()
     )
 
 
 def test_the_angle_is_one_cosine_of_all_weights(config: Experiment) -> None:
-    one = scorer(config)
+    moved = scorer(config)
     for picks in PICKS:
-        a, b = flat(one.initial.extract(picks)), flat(one.supernet.extract(picks))
+        a, b = flat(moved.initial.extract(picks)), flat(moved.supernet.extract(picks))
         expected = math.acos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        assert one.score(picks, ["angle"])["angle"] == pytest.approx(expected, abs=1e-9)
+        assert moved.score(picks, ["angle"])["angle"] == pytest.approx(expected, abs=1e-9)
         assert expected > 0.05
 
 
 def test_identity_adds_nothing_to_the_angle(config: Experiment) -> None:
-    one = scorer(config)
-    before = one.score(SMALLEST, ["angle"])
+    moved = scorer(config)
+    before = moved.score(SMALLEST, ["angle"])
     skipped = [
         module
-        for module, slot in zip(one.supernet.slots, SPACE.slots, strict=True)
+        for module, slot in zip(moved.supernet.slots, SPACE.slots, strict=True)
         if SMALLEST.get(slot.key) == "skip"
     ]
     assert skipped
@@ -86,47 +88,50 @@ def test_identity_adds_nothing_to_the_angle(config: Experiment) -> None:
         for module in skipped:
             for weight in module.parameters():
                 weight.fill_(7)
-    assert one.score(SMALLEST, ["angle"]) == before
+    assert moved.score(SMALLEST, ["angle"]) == before
 
 
 def test_opposite_weights_are_pi_apart(config: Experiment) -> None:
-    one = scorer(config, moved=0.0)
+    negated = scorer(config, moved=0.0)
     with torch.no_grad():
-        for weight in one.supernet.parameters():
+        for weight in negated.supernet.parameters():
             weight.neg_()
-    assert one.angles.of(PICKS[0]) == pytest.approx(math.pi)
+    assert negated.angles.of(PICKS[0]) == pytest.approx(math.pi)
 
 
-def test_recalibrated_accuracy_is_the_judges_and_loss_is_of_the_same_network(
+def test_recalibrated_accuracy_is_the_evaluators_and_loss_is_of_the_same_network(
     config: Experiment,
 ) -> None:
-    one = scorer(config)
-    found = one.score(PICKS[1], ["accuracy", "loss"])
-    assert found["accuracy"] == one.evaluator.evaluate(PICKS[1])
-    network = one.evaluator.network(PICKS[1])
-    batches = one.evaluator.evaluation()
+    moved = scorer(config)
+    scores = moved.score(PICKS[1], ["accuracy", "loss"])
+    assert scores["accuracy"] == moved.evaluator.evaluate(PICKS[1])
+    network = moved.evaluator.network(PICKS[1])
+    batches = moved.evaluator.evaluation()
     with torch.no_grad():
         logits = torch.cat([network(x_NCHW) for x_NCHW, _ in batches])
     y = torch.cat([labels for _, labels in batches])
     assert len(y) == 100
-    assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
+    assert scores["loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
 
 
-def test_unrecalibrated_uses_tracked_statistics_where_there_are_any(config: Experiment) -> None:
+def test_unrecalibrated_uses_tracked_statistics_if_there_are_any(config: Experiment) -> None:
     tracking = experiment(
         "spos", recalibration_images=64, evaluation_images=100, supernet={"bn_track": True}
     )
-    one, other = scorer(config), scorer(tracking)
+    without, with_statistics = scorer(config), scorer(tracking)
     with torch.no_grad():
-        for module in other.supernet.modules():
+        for module in with_statistics.supernet.modules():
             if isinstance(module, torch.nn.BatchNorm2d) or hasattr(module, "running_var"):
                 module.running_var.fill_(1e8)
-    plain, tracked = (each.score(PICKS[2], ["unrecalibrated", "accuracy"]) for each in (one, other))
-    assert plain["accuracy"] == tracked["accuracy"]  # statistics are estimated anew
+    plain, tracked = (
+        of_net.score(PICKS[2], ["unrecalibrated", "accuracy"])
+        for of_net in (without, with_statistics)
+    )
+    assert plain["accuracy"] == tracked["accuracy"]  # its statistics are estimated again
     assert plain["unrecalibrated"] != tracked["unrecalibrated"]
 
 
-def test_shape_scores(config: Experiment) -> None:
+def test_macs_and_params_are_those_of_the_architecture(config: Experiment) -> None:
     arch = SPACE.decode(PICKS[3])
     assert scorer(config).score(PICKS[3], ["macs", "params"]) == {
         "macs": arch.macs,
@@ -136,21 +141,21 @@ def test_shape_scores(config: Experiment) -> None:
 
 def test_zero_cost_scores_are_of_the_initialisation(config: Experiment) -> None:
     names = ["grad_norm", "snip", "synflow"]
-    found = [scorer(config, moved=moved).score(PICKS[0], names) for moved in (0.0, 1.0)]  # type: ignore[arg-type]
-    assert found[0] == found[1]
-    one = scorer(config)
-    network = one.initial.extract(PICKS[0]).train()
-    x_NCHW, y = (part[:32] for part in one.evaluator.evaluation()[0])  # search.batch_size
+    scores = [scorer(config, moved=moved).score(PICKS[0], names) for moved in (0.0, 1.0)]  # type: ignore[arg-type]
+    assert scores[0] == scores[1]
+    reference = scorer(config)
+    network = reference.initial.extract(PICKS[0]).train()
+    x_NCHW, y = (part[:32] for part in reference.evaluator.evaluation()[0])  # search.batch_size
     F.cross_entropy(network(x_NCHW), y).backward()
     pairs = [
         (m.weight.detach(), m.weight.grad)
         for m in network.modules()
         if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
     ]
-    assert found[0]["grad_norm"] == pytest.approx(
+    assert scores[0]["grad_norm"] == pytest.approx(
         math.sqrt(sum(float((g**2).sum()) for _, g in pairs)), rel=1e-4
     )
-    assert found[0]["snip"] == pytest.approx(
+    assert scores[0]["snip"] == pytest.approx(
         sum(float((w * g).abs().sum()) for w, g in pairs), rel=1e-4
     )
 
@@ -159,17 +164,17 @@ def test_synflow_scales_with_every_layer(config: Experiment) -> None:
     """The summed logits are multilinear in the layers of a chain without residuals:
     doubling one adds log 2.
     """
-    one = scorer(config)
-    networks = [one.initial.extract(SMALLEST) for _ in range(2)]
+    moved = scorer(config)
+    networks = [moved.initial.extract(SMALLEST) for _ in range(2)]
     with torch.no_grad():
         networks[1].blocks[-1].linear.weight.mul_(2)  # type: ignore[operator,union-attr]
     low, high = (synflow(network) for network in networks)
     assert high - low == pytest.approx(math.log(2), abs=1e-9)
 
 
-def test_a_score_that_is_no_number_says_which(config: Experiment) -> None:
-    one = scorer(config)
+def test_a_score_that_is_nan_is_named(config: Experiment) -> None:
+    broken = scorer(config)
     with torch.no_grad():
-        one.supernet.classifier.bias.fill_(float("nan"))
+        broken.supernet.classifier.bias.fill_(float("nan"))
     with pytest.raises(ArithmeticError, match="its loss is nan"):
-        one.score(PICKS[0], ["macs", "loss"])
+        broken.score(PICKS[0], ["macs", "loss"])

@@ -1,5 +1,5 @@
-"""Shrinking from configuration to documents: killed and resumed, what the stages hand
-on, and the space that searches take.
+"""Shrinking from configuration to documents: killed and resumed, what the rounds pass
+on, and the space that searches accept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ METRICS = ("angle", "accuracy", "magnitude", "random")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A space document, and a truth by which operators get better in the order of their options."""
+    """A space document, and a ground truth: later options of a choice are better."""
     root = tmp_path_factory.mktemp("shrink")
     SPACE.save(root / "tiny.json")
     rng = np.random.default_rng(0)
@@ -91,13 +91,13 @@ def finished(folder: Path) -> tuple[Path, ShrinkStudy]:
 
 
 def test_every_metric_has_its_path_and_its_space(finished: tuple[Path, ShrinkStudy]) -> None:
-    root, found = finished
-    assert tuple(path.metric for path in found.paths) == METRICS
-    for path in found.paths:
+    root, result = finished
+    assert tuple(path.metric for path in result.paths) == METRICS
+    for path in result.paths:
         assert ShrinkPath.load(root / f"shrink-{path.metric}" / "path.json") == path
-        left = MacroSpace.load(root / f"shrink-{path.metric}" / "space.json")
-        assert (left.sha256, left.size) == (path.shrunk_sha256, path.steps[-1].size_after)
-        assert left.size <= 40 < path.steps[-1].size  # it stops as soon as it is small enough
+        remaining = MacroSpace.load(root / f"shrink-{path.metric}" / "space.json")
+        assert (remaining.sha256, remaining.size) == (path.shrunk_sha256, path.steps[-1].size_after)
+        assert remaining.size <= 40 < path.steps[-1].size  # it stops as soon as it is small enough
         assert [step.size for step in path.steps[1:]] == [
             step.size_after for step in path.steps[:-1]
         ]
@@ -109,17 +109,17 @@ def test_every_metric_has_its_path_and_its_space(finished: tuple[Path, ShrinkStu
             }
             assert len(step.dropped) == 3
             kept = min(score for operator, score in scores.items() if operator not in step.dropped)
-            alone = {
+            single = {
                 key
                 for key, options in step.scores.items()
                 if len(options) - sum(k == key for k, _ in step.dropped) == 1
             }
-            assert all(scores[each] <= kept for each in step.dropped) or alone
+            assert all(scores[dropped] <= kept for dropped in step.dropped) or single
             after = MacroSpace.load(
                 root / f"shrink-{path.metric}" / f"stage-{number}" / "space.json"
             )
             assert after.size == step.size_after
-        # once, beyond three dropped
+        # once, when more than three operators are dropped
         assert [step.refreshed for step in path.steps[:3]] == [False, True, False][
             : len(path.steps)
         ]
@@ -128,13 +128,13 @@ def test_every_metric_has_its_path_and_its_space(finished: tuple[Path, ShrinkStu
 def test_all_share_the_first_training_and_random_needs_none(
     finished: tuple[Path, ShrinkStudy],
 ) -> None:
-    root, found = finished
+    root, result = finished
     assert not list(root.glob("shrink-*/stage-0/*.safetensors")) and not list(
         root.glob("shrink-random/*/*.safetensors")
     )
     first = read_supernet(root / "shrink-first" / "shared.safetensors")
     params = sum(weight.numel() for weight in first.parameters())
-    by_metric = {path.metric: path.steps for path in found.paths}
+    by_metric = {path.metric: path.steps for path in result.paths}
     assert [by_metric[name][0].params for name in METRICS] == [params, params, params, None]
     assert [steps[0].children > 0 for steps in by_metric.values()] == [True, True, False, False]
     for name in METRICS[:3]:
@@ -143,10 +143,10 @@ def test_all_share_the_first_training_and_random_needs_none(
     assert alphas["s1.b1"] == by_metric["magnitude"][0].scores["s1.b1"]
 
 
-def test_weights_and_base_weights_go_on(finished: tuple[Path, ShrinkStudy]) -> None:
-    """W0 of a stage is that of the stage before, until the refresh: then it is W."""
-    root, found = finished
-    assert found.paths[0].steps[1].refreshed
+def test_weights_and_base_weights_are_passed_on(finished: tuple[Path, ShrinkStudy]) -> None:
+    """A round takes over the previous round's W0 or, at the refresh, its W."""
+    root, result = finished
+    assert result.paths[0].steps[1].refreshed
     last = {
         number: [read_supernet(folder / f"{name}.safetensors") for name in ("initial", "shared")]
         for number, folder in enumerate(
@@ -162,23 +162,23 @@ def test_weights_and_base_weights_go_on(finished: tuple[Path, ShrinkStudy]) -> N
     assert not same(fixed[1][0], fixed[2][0]) and same(fixed[1][1], fixed[2][0])
 
 
-def test_the_truth_says_what_is_left(finished: tuple[Path, ShrinkStudy]) -> None:
-    _, found = finished
-    assert found.truth is not None and found.oracle is not None and found.chance is not None
-    assert found.truth.networks == SPACE.size == 400
-    for curve, path in zip(found.curves, found.paths, strict=True):
-        assert [left.networks for left in curve.remaining] == [
+def test_the_truth_evaluates_what_remains(finished: tuple[Path, ShrinkStudy]) -> None:
+    _, result = finished
+    assert result.truth is not None and result.oracle is not None and result.chance is not None
+    assert result.truth.networks == SPACE.size == 400
+    for curve, path in zip(result.curves, result.paths, strict=True):
+        assert [remaining.networks for remaining in curve.remaining] == [
             400,
             *(step.size_after for step in path.steps),
         ]
         assert len(curve.operator_kendall) == len(path.steps)
-    means = [left.mean for left in found.oracle.remaining]
+    means = [remaining.mean for remaining in result.oracle.remaining]
     assert all(a < b for a, b in pairwise(means))  # type: ignore[operator]
-    assert found.oracle.remaining[-1].best == found.oracle.remaining[0].best
-    assert means[-1] > found.chance.mean[-1][2]  # type: ignore[operator]
-    low, high = found.chance.mean[-1][1:]
-    assert low < found.chance.mean[0][0] < high  # luck changes the mean, but not on average
-    assert abs(found.chance.mean[-1][0] - found.chance.mean[0][0]) < 0.005
+    assert result.oracle.remaining[-1].best == result.oracle.remaining[0].best
+    assert means[-1] > result.chance.mean[-1][2]  # type: ignore[operator]
+    low, high = result.chance.mean[-1][1:]
+    assert low < result.chance.mean[0][0] < high  # chance changes the mean, but not on average
+    assert abs(result.chance.mean[-1][0] - result.chance.mean[0][0]) < 0.005
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_truth_says_what_is_left(finished: tuple[Path, ShrinkStudy]) -> None
         ("magnitude", "magnitude: training", 3),
     ],
 )
-def test_a_killed_study_ends_as_one_that_was_not(
+def test_a_killed_study_ends_like_an_uninterrupted_one(
     folder: Path,
     finished: tuple[Path, ShrinkStudy],
     tmp_path: Path,
@@ -198,39 +198,42 @@ def test_a_killed_study_ends_as_one_that_was_not(
     where: str,
     steps: int,
 ) -> None:
-    """And as that of several metrics, though architecture parameters are trained beside
-    the weights only where a metric asks for them.
+    """And like a study of several metrics, though architecture parameters are trained
+    beside the weights only if a metric needs them.
     """
     config = study(folder, metrics=(metric,))
     with pytest.raises(Killed):
         shrunk(config, tmp_path / "run", Killing(where, steps))
-    found = shrunk(config, tmp_path / "run")
-    assert found.paths == tuple(path for path in finished[1].paths if path.metric == metric)
-    assert found.curves == tuple(curve for curve in finished[1].curves if curve.name == metric)
+    result = shrunk(config, tmp_path / "run")
+    assert result.paths == tuple(path for path in finished[1].paths if path.metric == metric)
+    assert result.curves == tuple(curve for curve in finished[1].curves if curve.name == metric)
 
 
-def test_again_nothing_is_done_and_further_metrics_keep_what_is_there(
+def test_a_second_run_does_nothing_and_other_metrics_keep_what_exists(
     folder: Path, finished: tuple[Path, ShrinkStudy]
 ) -> None:
-    copy, said = folder / "again", Saying()
+    copy, progress = folder / "again", Saying()
     shutil.copytree(finished[0], copy)
-    shrunk(study(folder), copy, said)
-    assert all(line.endswith("up to date, skipped") for line in said.said) and len(said.said) == 6
-    said = Saying()
-    fewer = shrunk(study(folder, metrics=("magnitude", "angle")), copy, said)
+    shrunk(study(folder), copy, progress)
+    assert (
+        all(line.endswith("up to date, skipped") for line in progress.said)
+        and len(progress.said) == 6
+    )
+    progress = Saying()
+    fewer = shrunk(study(folder, metrics=("magnitude", "angle")), copy, progress)
     assert fewer.paths == (finished[1].paths[2], finished[1].paths[0])
     assert {"shrink-first: up to date, skipped", "shrink-angle: up to date, skipped"} <= set(
-        said.said
+        progress.said
     )
     changed = study(folder, metrics=("magnitude", "angle"), dropped=2, until=200)
-    # scores anew, but the first training is the same
-    other = shrunk(changed, copy, said := Saying())
-    assert "shrink-first: up to date, skipped" in said.said
+    # operators are scored again, but the first training is the same
+    other = shrunk(changed, copy, progress := Saying())
+    assert "shrink-first: up to date, skipped" in progress.said
     assert len(other.paths[1].steps[0].dropped) == 2
     assert other.paths[1].steps[0].scores == finished[1].paths[0].steps[0].scores
 
 
-def test_less_sharing_stage_by_stage(folder: Path, tmp_path: Path) -> None:
+def test_weights_are_shared_less_round_by_round(folder: Path, tmp_path: Path) -> None:
     """PWSNAS's second strategy: the space shrinks and the super-net does not."""
     settings: dict[str, Any] = {"metrics": ("angle",), "dropped": 1, "until": 150}
     plain = shrunk(study(folder, truth=False, **settings), tmp_path / "plain").paths[0].steps
@@ -249,33 +252,34 @@ def test_less_sharing_stage_by_stage(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_truth_there_is_nothing_to_compare(folder: Path, tmp_path: Path) -> None:
-    found = shrunk(
+    result = shrunk(
         study(folder, truth=False, metrics=("random",), drop="each", keep=2),
         tmp_path / "run",
-        said := Saying(),
+        progress := Saying(),
     )
-    assert (found.truth, found.curves, found.oracle, found.chance) == (None, (), None, None)
+    assert (result.truth, result.curves, result.oracle, result.chance) == (None, (), None, None)
     assert not (tmp_path / "run" / "shrink-first").exists()
-    sizes = [step.size_after for step in found.paths[0].steps]
+    sizes = [step.size_after for step in result.paths[0].steps]
     assert sizes == [3 * 4 * 4 * 4, 2 * 3 * 3 * 4, 2 * 2 * 2 * 4]
     assert any(
-        line.startswith("random, stage 0: 3 of 14 scored operators dropped (") for line in said.said
+        line.startswith("random, round 0: 3 of 14 scored operators dropped (")
+        for line in progress.said
     )
     assert any(
-        "; a choice's last operator stays, and is not scored); 400 architectures -> 192" in line
-        for line in said.said
+        "; a choice's last operator is kept and not scored); 400 architectures -> 192" in line
+        for line in progress.said
     )
 
 
-def test_it_ends_where_nothing_may_leave(folder: Path, tmp_path: Path) -> None:
-    found = shrunk(study(folder, metrics=("random",), until=1, keep=4), tmp_path / "run")
-    steps = found.paths[0].steps
+def test_it_ends_when_no_more_operators_may_be_dropped(folder: Path, tmp_path: Path) -> None:
+    result = shrunk(study(folder, metrics=("random",), until=1, keep=4), tmp_path / "run")
+    steps = result.paths[0].steps
     # two choices have five options
     assert sum(len(step.dropped) for step in steps) == 2 and not steps[-1].dropped
 
 
 @pytest.mark.parametrize("strategy", ["spos", "fairnas", "proxylessnas", "darts", "pdarts"])
-def test_searches_take_the_space_before_and_after(
+def test_searches_accept_the_space_before_and_after(
     strategy: str, finished: tuple[Path, ShrinkStudy], tmp_path: Path
 ) -> None:
     after = load_space(str(finished[0] / "shrink-angle" / "space.json"))
@@ -325,7 +329,7 @@ def test_searches_take_the_space_before_and_after(
         ({}, {"max_macs": 10.0}, SpaceError, "within shrink.max_macs = 10 was found"),
     ],
 )
-def test_what_cannot_be_shrunk(
+def test_impossible_shrinkings_are_refused(
     folder: Path,
     tmp_path: Path,
     search: dict[str, Any],
@@ -348,8 +352,8 @@ def test_steps_are_documents(finished: tuple[Path, ShrinkStudy]) -> None:
             )
 
 
-def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
-    """Of the first training alone; the last weights are the same."""
+def test_w0_is_from_the_end_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
+    """In the first training only; the last weights are the same."""
     roots = [tmp_path / "at-once", tmp_path / "later"]
     for root, base in zip(roots, (0.0, 0.2), strict=True):
         shrunk(study(folder, metrics=["angle"], until=300, base_epochs=base), root)
@@ -357,7 +361,7 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
     initial, last = (
         [read_supernet(root / "shrink-first" / file) for root in roots] for file in files
     )
-    with pytest.raises(Killed):  # behind the base epochs
+    with pytest.raises(Killed):  # after the base epochs
         shrunk(
             study(folder, metrics=["angle"], until=300, base_epochs=0.1),
             tmp_path / "killed",
@@ -371,7 +375,10 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
     ]
     assert files_of[0] == files_of[1] != files_of[2]
     same = [
-        all(torch.equal(*pair) for pair in zip(*(each.parameters() for each in both), strict=True))
+        all(
+            torch.equal(*pair)
+            for pair in zip(*(supernet.parameters() for supernet in both), strict=True)
+        )
         for both in (initial, last)
     ]
     assert same == [False, True]
@@ -383,12 +390,13 @@ def test_w0_is_of_the_base_epochs(folder: Path, tmp_path: Path) -> None:
         study(folder, base_epochs=0.3)
 
 
-def test_what_policies_are_rewarded_by_decides_a_training() -> None:
-    """Judging by the loss is of rewards, too, so neither study takes over a super-net
-    that was trained by accuracy.
+def test_a_training_depends_on_how_policies_are_rewarded() -> None:
+    """Evaluating by the loss changes the rewards, too, so neither study takes over a
+    super-net that was trained with accuracy.
     """
     by_metric, by_loss, fewer = (
-        experiment("tunas", **each) for each in ({}, {"quality": "loss"}, {"evaluation_images": 7})
+        experiment("tunas", **settings)
+        for settings in ({}, {"quality": "loss"}, {"evaluation_images": 7})
     )
     assert (
         shrink.first_sha256(by_metric) == shrink.first_sha256(fewer) != shrink.first_sha256(by_loss)

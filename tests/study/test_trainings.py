@@ -1,5 +1,5 @@
-"""Trainings in one process, in several and on a Ray cluster: the same bits; failures,
-kills and interruptions of single ones.
+"""Trainings in one process, in several and on a Ray cluster give the same bits, even if
+some of them fail or are killed or interrupted.
 """
 
 from __future__ import annotations
@@ -48,30 +48,30 @@ def contents(root: Path, seed: int) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two searches, one after the other, in this process."""
     flush_denormals()
-    root, before = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
-    said = Saying()
-    assert trainings.run([training(root, 1), training(root, 2)], StudyConfig(), 1, said) == {}
-    assert {"search-1: threads 1", "search-2: threads 1"} <= set(said.said)
+    root, before = tmp_path_factory.mktemp("sequential"), torch.get_num_threads()
+    progress = Saying()
+    assert trainings.run([training(root, 1), training(root, 2)], StudyConfig(), 1, progress) == {}
+    assert {"search-1: threads 1", "search-2: threads 1"} <= set(progress.said)
     assert torch.get_num_threads() == before
     assert contents(root, 1)["shared.safetensors"] != contents(root, 2)["shared.safetensors"]
     return root
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_bits_whatever_fails_beside(
-    alone: Path, tmp_path: Path
+def test_two_processes_give_the_same_bits_whatever_else_fails(
+    sequential: Path, tmp_path: Path
 ) -> None:
-    said = Saying()
+    progress = Saying()
     wanted = [
         training(tmp_path, 1, "tests.study.jobs:is_killed"),
         training(tmp_path, 9, "tests.study.jobs:diverges", "diverges"),
         training(tmp_path, 9, "tests.study.jobs:is_wrong", "is-wrong"),
         training(tmp_path, 2),
     ]
-    failed = trainings.run(wanted, StudyConfig(processes=2), 1, said)
+    failed = trainings.run(wanted, StudyConfig(processes=2), 1, progress)
     assert failed == {
         "search-1": (
             "its process was killed (SIGKILL); the same command resumes from its checkpoint"
@@ -79,25 +79,25 @@ def test_two_processes_give_the_same_bits_whatever_fails_beside(
         "diverges": "the loss is nan at step 7.",
         "is-wrong": "KeyError: 'no such thing'",
     }
-    assert {f"{name}: {why}" for name, why in failed.items()} <= set(said.said)
-    assert "search-2: threads 1" in said.said
-    assert contents(tmp_path, 2) == contents(alone, 2)
+    assert {f"{name}: {reason}" for name, reason in failed.items()} <= set(progress.said)
+    assert "search-2: threads 1" in progress.said
+    assert contents(tmp_path, 2) == contents(sequential, 2)
 
     checkpoint = torch.load(tmp_path / "search-1/checkpoint.pt", weights_only=True)
     assert 0 < checkpoint["step"] < checkpoint["steps"]
-    assert trainings.run([training(tmp_path, 1)], StudyConfig(processes=2), 1, said) == {}
-    assert contents(tmp_path, 1) == contents(alone, 1)
+    assert trainings.run([training(tmp_path, 1)], StudyConfig(processes=2), 1, progress) == {}
+    assert contents(tmp_path, 1) == contents(sequential, 1)
 
 
-def test_failures_in_one_process(tmp_path: Path) -> None:
-    said = Saying()
+def test_failures_in_one_process_are_reported(tmp_path: Path) -> None:
+    progress = Saying()
     wanted = [
         training(tmp_path, 9, "tests.study.jobs:diverges", name) for name in ("first", "second")
     ]
-    assert trainings.run(wanted, StudyConfig(), 1, said) == dict.fromkeys(
+    assert trainings.run(wanted, StudyConfig(), 1, progress) == dict.fromkeys(
         ("first", "second"), "the loss is nan at step 7."
     )
-    assert "second: the loss is nan at step 7." in said.said
+    assert "second: the loss is nan at step 7." in progress.said
 
 
 def gone(pid: int) -> bool:
@@ -140,19 +140,19 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         " 'tests.study.jobs:waits')], StudyConfig(processes=2), 1, Progress())"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    found = tmp_path / "search-1/pid"
+    pid_file = tmp_path / "search-1/pid"
     for _ in range(6000):  # a busy machine takes a minute to import torch
-        if found.exists() and found.read_text():
+        if pid_file.exists() and pid_file.read_text():
             break
         time.sleep(0.05)
-    child = int(found.read_text())
-    os.kill(child, 0)  # it is there
+    child = int(pid_file.read_text())
+    os.kill(child, 0)  # the child is running
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert gone(child)
 
 
-def test_one_thread_each_where_there_are_several() -> None:
+def test_several_trainings_get_one_thread_each() -> None:
     assert (
         trainings.threads_of(StudyConfig(), 2)
         == trainings.threads_of(StudyConfig(processes=4), 2)
@@ -164,7 +164,7 @@ def test_one_thread_each_where_there_are_several() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a real Ray cluster of this computer."""
+    """The address of a real Ray cluster on this computer."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'hwnas[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -176,27 +176,29 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_gives_the_same_bits(alone: Path, tmp_path: Path, cluster: str) -> None:
-    """One begins, one goes on from a checkpoint that travels there, one fails."""
-    search = "hwnas.search.stage:run"  # a machine of the cluster has hwnas, and no tests
+def test_a_ray_cluster_gives_the_same_bits(sequential: Path, tmp_path: Path, cluster: str) -> None:
+    """One starts, one resumes from a checkpoint that is sent there, and one fails."""
+    search = "hwnas.search.stage:run"  # the cluster's machines have hwnas, but not its tests
     killed = training(tmp_path, 1, "tests.study.jobs:is_killed")
     assert "SIGKILL" in trainings.run([killed], StudyConfig(processes=2), 1, Progress())["search-1"]
     nowhere = SEARCH.data.model_copy(update={"name": "npz", "path": "/nowhere"})
     lost = replace(
         training(tmp_path, 3, search), experiment=SEARCH.model_copy(update={"data": nowhere})
     )
-    said = Saying()
+    progress = Saying()
     wanted = [training(tmp_path, 1, search), training(tmp_path, 2, search), lost]
-    failed = trainings.run(wanted, StudyConfig(ray_address=cluster), 1, said)
+    failed = trainings.run(wanted, StudyConfig(ray_address=cluster), 1, progress)
     assert list(failed) == ["search-3"] and "/nowhere" in failed["search-3"]
-    assert contents(tmp_path, 1) == contents(alone, 1) and contents(tmp_path, 2) == contents(
-        alone, 2
+    assert contents(tmp_path, 1) == contents(sequential, 1) and contents(tmp_path, 2) == contents(
+        sequential, 2
     )
     assert not list(tmp_path.glob("search-[12]/checkpoint.pt"))
     with pytest.raises(
         ConfigError, match=r"study.threads = 64, but the largest machine of .* has 2 CPUs"
     ):
-        trainings.run([training(tmp_path, 4, search)], StudyConfig(ray_address=cluster), 64, said)
+        trainings.run(
+            [training(tmp_path, 4, search)], StudyConfig(ray_address=cluster), 64, progress
+        )
 
 
 @pytest.mark.parametrize(
@@ -207,13 +209,15 @@ def test_a_ray_cluster_gives_the_same_bits(alone: Path, tmp_path: Path, cluster:
         ("ray://127.0.0.1:10001", "is an address for Ray clients"),
     ],
 )
-def test_a_cluster_that_is_not_there(tmp_path: Path, address: str, words: str) -> None:
+def test_a_cluster_that_cannot_be_reached_is_refused(
+    tmp_path: Path, address: str, words: str
+) -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install 'hwnas[ray]'")
     with pytest.raises(ConfigError, match=words):
         trainings.run([training(tmp_path, 1)], StudyConfig(ray_address=address), 1, Progress())
 
 
-def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
         ConfigError, match=r"needs Ray, which is not installed: run pip install 'hwnas\[ray\]'"
@@ -223,11 +227,11 @@ def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
 
 
-def test_words_that_are_no_event_do_not_stop_a_study(
+def test_output_that_is_not_an_event_does_not_stop_a_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is killed in the middle of a line, and one that says something of
-    its own, have failed, and that is all.
+    """A process that prints something else and ends in the middle of a line has failed,
+    and nothing else happens.
     """
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nread order\necho welcome\nprintf \'{"event": "adv\'\nexit 3\n')
@@ -237,4 +241,4 @@ def test_words_that_are_no_event_do_not_stop_a_study(
         [training(tmp_path, 1), training(tmp_path, 2)], StudyConfig(processes=2), 1, Progress()
     )
     assert failed.keys() == {"search-1", "search-2"}
-    assert all("ended with exit code 3" in why for why in failed.values())
+    assert all("ended with exit code 3" in reason for reason in failed.values())

@@ -1,4 +1,4 @@
-"""Ground truth from a user's file: its forms, and what is said of a wrong one."""
+"""Ground truth from a user's file: its forms, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_csv_file_of_digits(tmp_path: Path) -> None:
     assert truth.mean.tolist() == pytest.approx([0.9305, 0.454, 0.905])
 
 
-def test_gzip_named_columns_and_positions_apart(tmp_path: Path) -> None:
+def test_gzip_a_named_column_and_separate_positions(tmp_path: Path) -> None:
     path = tmp_path / "truth.csv.gz"
     path.write_bytes(
         gzip.compress(
@@ -91,7 +91,7 @@ def test_the_strings_of_nasbench201(tmp_path: Path) -> None:
         (CSV + "22212221,1,nan,1\n", ["nan", "22212221"]),
         (CSV + "22212221,101,1,1\n", ["101", "22212221", "0 to 100"]),
         (CSV + "22212221,1\n", ["line 5", "2 cells"]),
-        ("arch,acc\n00000000,3\n", ["holds 1 architectures"]),
+        ("arch,acc\n00000000,3\n", ["contains 1 architectures"]),
         ('{"00000000": 3, "00000001": [3, 4]}', ["2 accuracies of 00000001"]),
         ('{"00000000": {"acc": 3}, "00000001": 4}', ["'00000001' has no 'acc'"]),
         ('{"00000000": 3, "00000001": ', ["not valid JSON"]),
@@ -99,7 +99,7 @@ def test_the_strings_of_nasbench201(tmp_path: Path) -> None:
         ('{"{\\"s1.b0\\": \\"cn_k3\\"}": 3}', ["s1.b0"]),
     ],
 )  # fmt: skip
-def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_wrong_file_gets_one_sentence(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(TableError) as raised:
         read_truth(written(tmp_path, text), SPACE)
     for word in ["truth.csv", *words]:
@@ -107,7 +107,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, words: list[str
     assert "\n" not in str(raised.value)
 
 
-def test_a_misspelt_column_and_a_missing_file(tmp_path: Path) -> None:
+def test_a_misspelt_column_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         TableError, match=r"no column 'acc3' of study\.accuracies; did you mean 'acc"
     ):
@@ -116,7 +116,7 @@ def test_a_misspelt_column_and_a_missing_file(tmp_path: Path) -> None:
         read_truth(tmp_path / "none.csv", SPACE)
 
 
-def test_repeats_say_how_much_can_be_expected(tmp_path: Path) -> None:
+def test_repeats_show_how_much_agreement_can_be_expected(tmp_path: Path) -> None:
     lines = "".join(
         f"{name},{a},{b}\n"
         for name, a, b in (
@@ -141,7 +141,7 @@ def test_means_of_the_same_accuracies_are_ties(tmp_path: Path) -> None:
     assert truth.mean[0] == truth.mean[1]
 
 
-def test_a_larger_sample_begins_with_the_smaller(tmp_path: Path) -> None:
+def test_a_larger_sample_begins_with_the_smaller_one(tmp_path: Path) -> None:
     truth = read_truth(
         written(tmp_path, "arch,acc\n" + "".join(f"{i:08d},{i}\n" for i in (0, 1, 2, 10, 11, 12))),
         SPACE,

@@ -1,4 +1,6 @@
-"""Comparing two tables: ratios, ranks, what only one has, and the text for a narrow terminal."""
+"""Comparing two tables: ratios, ranks, ops that only one has, and the text for a narrow
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -25,36 +27,38 @@ def table(entries: dict[str, float], device: str = "a") -> LatencyTable:
     return LatencyTable(header=header, entries={key: Entry(ms=ms) for key, ms in entries.items()})
 
 
-def test_ratios_are_sorted_and_summed_up() -> None:
+def test_ratios_are_sorted_and_summarised() -> None:
     rng = np.random.default_rng(0)
     a_ms, b_ms = rng.uniform(1, 5, (2, len(KEYS)))
-    found = compare(
+    comparison = compare(
         table({**dict(zip(KEYS, a_ms, strict=True)), "conv-h32-i3-o8-k3-relu": 1.0}),
         table(dict(zip(KEYS, b_ms, strict=True)), "b"),
     )
-    assert [one.ratio for one in found.ratios] == pytest.approx(np.sort(a_ms / b_ms))
-    assert (found.median, found.lowest, found.highest) == pytest.approx(
+    assert [row.ratio for row in comparison.ratios] == pytest.approx(np.sort(a_ms / b_ms))
+    assert (comparison.median, comparison.lowest, comparison.highest) == pytest.approx(
         (np.median(a_ms / b_ms), *np.sort(a_ms / b_ms)[[0, -1]])
     )
-    assert found.spearman == pytest.approx(scipy.stats.spearmanr(a_ms, b_ms).statistic)
-    assert (found.only_a, found.only_b) == (("conv-h32-i3-o8-k3-relu",), ())
-    assert json.loads(json.dumps(found.to_dict()))["ratios"][0]["op"] == found.ratios[0].op
+    assert comparison.spearman == pytest.approx(scipy.stats.spearmanr(a_ms, b_ms).statistic)
+    assert (comparison.only_a, comparison.only_b) == (("conv-h32-i3-o8-k3-relu",), ())
+    assert (
+        json.loads(json.dumps(comparison.to_dict()))["ratios"][0]["op"] == comparison.ratios[0].op
+    )
 
 
-def test_relu_and_relu6_at_one_price_are_one_row() -> None:
+def test_relu_and_relu6_at_the_same_cost_are_one_row() -> None:
     relu, relu6 = "conv-h32-i3-o8-k3-relu", "conv-h32-i3-o8-k3-relu6"
     imported = table({relu: 2.0, relu6: 2.0})
-    assert [one.op for one in compare(imported, imported).ratios] == [relu]
+    assert [row.op for row in compare(imported, imported).ratios] == [relu]
     measured = compare(imported, table({relu6: 1.0, KEYS[0]: 3.0}))
-    assert [(one.op, one.ratio) for one in measured.ratios] == [(relu6, 2.0)]
+    assert [(row.op, row.ratio) for row in measured.ratios] == [(relu6, 2.0)]
     assert (measured.only_a, measured.only_b) == ((), (KEYS[0],))
-    apart = compare(table({relu: 2.0, relu6: 3.0}), table({relu: 1.0, relu6: 1.0}))
-    assert [(one.op, one.ratio) for one in apart.ratios] == [(relu, 2.0), (relu6, 3.0)]
+    different = compare(table({relu: 2.0, relu6: 3.0}), table({relu: 1.0, relu6: 1.0}))
+    assert [(row.op, row.ratio) for row in different.ratios] == [(relu, 2.0), (relu6, 3.0)]
 
 
-def test_ops_at_no_cost_have_no_ratio() -> None:
-    found = compare(table({KEYS[0]: 0.0, KEYS[1]: 2.0}), table({KEYS[0]: 1.0, KEYS[1]: 1.0}))
-    assert ([one.op for one in found.ratios], found.zero, found.spearman) == (
+def test_ops_that_cost_nothing_have_no_ratio() -> None:
+    comparison = compare(table({KEYS[0]: 0.0, KEYS[1]: 2.0}), table({KEYS[0]: 1.0, KEYS[1]: 1.0}))
+    assert ([row.op for row in comparison.ratios], comparison.zero, comparison.spearman) == (
         [KEYS[1]],
         (KEYS[0],),
         None,

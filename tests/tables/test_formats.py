@@ -1,5 +1,5 @@
-"""Readers on sources written here: keys to ops, TuNAS's constants, what is not mapped,
-what is refused.
+"""Readers of table formats, on sources written here: keys to ops, TuNAS's constants,
+what is not mapped, what is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OFA_BLOCK = (
     "expanded_conv-input:14x14x96-output:14x14x136-expand:288-kernel:5-stride:1-idskip:0-se:1-hs:1"
 )
 FIRST_LINE = "v+BSoUAWgjNBA6MnwIDO7D6KQL3AE4FiQKTftD/x1H5A+wl9wIfvlT+hSfm/kt4sQNH/GkASp35B"
-"""Of the kernel in TuNAS's cost_model_data.py."""
+"""The first line of the kernel in TuNAS's cost_model_data.py."""
 
 
 def imported(folder: Path, content: object, format_name: str) -> Imported:
@@ -87,19 +87,27 @@ def test_the_byte_order_is_that_of_the_published_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "format_name", "message"),
     [
-        (tunas_file([1.0] * 143), "tunas", "holds 572 bytes of KERNEL, not 144 finite numbers"),
+        (
+            tunas_file([1.0] * 143),
+            "tunas",
+            "contains 572 bytes of KERNEL, not 144 finite float32 numbers",
+        ),
         (tunas_file([float("nan")] * 144), "tunas", "not 144 finite numbers"),
-        (tunas_file([1.0] * 144)[:400], "tunas", "holds no constant _PROXYLESSNAS_SEARCH_KERNEL"),
+        (
+            tunas_file([1.0] * 144)[:400],
+            "tunas",
+            "contains no constant _PROXYLESSNAS_SEARCH_KERNEL",
+        ),
         (
             tunas_file([1.0] * 144).replace("P4AA", "P4A", 1),
             "tunas",
-            "holds a KERNEL that is not base64",
+            "contains a KERNEL that is not base64",
         ),
         (tunas_file([1.0] * 144), "tunas:mobilenet_v3_like_search", "has costs of widths"),
         (
             {BLOCK: mean("fast")},
             "proxylessnas",
-            "has 'fast' for mean of expanded_conv.*where a number is needed",
+            "has 'fast' for mean of expanded_conv.*which is not a number",
         ),
         ({BLOCK: mean(-1)}, "proxylessnas", "has -1 for mean"),
         ({BLOCK: mean(float("nan"))}, "proxylessnas", "has nan for"),
@@ -119,8 +127,8 @@ def test_the_byte_order_is_that_of_the_published_file(tmp_path: Path) -> None:
         ("[" * 5000, "ofa", "is not valid YAML"),
         ("index,block_name,gpu\n0," + BLOCK + ",\n", "proxylessnas:gpu", "has '' for gpu of"),
         ("block_name,gpu\n" + BLOCK, "proxylessnas:gpu", "has None for gpu of"),
-        ("[1, 2]", "single_path", "holds a JSON list instead of an object"),
-        (json.dumps({"cpu": {"base": 1.0}}), "tfnas:cpu", "holds no block of format 'tfnas'"),
+        ("[1, 2]", "single_path", "contains a JSON list instead of an object"),
+        (json.dumps({"cpu": {"base": 1.0}}), "tfnas:cpu", "contains no block of format 'tfnas'"),
         (json.dumps({"cpu": {"base": 1.0, "x": 3}}), "tfnas:cpu", "has no times by width for 'x'"),
         (
             "ir_k3_e1 ir_k3_s2 ir_k3_e3 ir_k3_e6 ir_k5_e1 ir_k5_s2 ir_k5_e3 ir_k5_e6 skip\n1 2 3\n",
@@ -129,7 +137,9 @@ def test_the_byte_order_is_that_of_the_published_file(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_refused(tmp_path: Path, content: object, format_name: str, message: str) -> None:
+def test_broken_sources_are_refused(
+    tmp_path: Path, content: object, format_name: str, message: str
+) -> None:
     with pytest.raises(TableError, match=message) as caught:
         imported(tmp_path, content, format_name)
     assert "\n" not in str(caught.value)
@@ -141,7 +151,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "whole.gz").write_bytes(packed)
     (tmp_path / "cut.gz").write_bytes(packed[:-12])
     assert len(import_table(tmp_path / "whole.gz", "proxylessnas").table.entries) == 2
-    with pytest.raises(TableError, match="does not unpack"):
+    with pytest.raises(TableError, match="cannot be unpacked"):
         import_table(tmp_path / "cut.gz", "proxylessnas")
     with pytest.raises(DocumentError, match="does not exist"):
         import_table(tmp_path / "absent", "ofa")
@@ -197,7 +207,7 @@ def test_keys_become_ops(tmp_path: Path, key: str, format_name: str, ops: set[st
         (BLOCK.replace("28x28", "28x30"), "28 x 30 pixels"),
         (BLOCK.replace("14x14", "15x15"), "stride 2 does not lead from 28 to 15"),
         (BLOCK.replace("stride:2", "stride:0"), "stride 0 does not lead"),
-        (BLOCK.replace("kernel:5", "kernel:4"), "kernels are odd"),
+        (BLOCK.replace("kernel:5", "kernel:4"), "kernels must be odd"),
         (BLOCK.replace("idskip:0", "idskip:1"), "a residual needs equal"),
         (BLOCK.replace("28x28x40", "28x28x0"), "below 1"),
         (BLOCK + "-se:1-hs:1", "not a key of this format"),
@@ -205,12 +215,12 @@ def test_keys_become_ops(tmp_path: Path, key: str, format_name: str, ops: set[st
         ("Conv-input:224x224x3-output:7x7x32", "no stride leads from 224 to 7"),
     ],
 )
-def test_what_no_op_stands_for_is_named(tmp_path: Path, key: str, reason: str) -> None:
-    found = imported(tmp_path, {BLOCK: mean(1.0), key: mean(2.0)}, "proxylessnas")
-    assert list(found.unmapped) == [key]
-    assert reason in found.unmapped[key]
-    assert f"{key} (" in found.table.provenance["unmapped"]
-    assert len(found.table.entries) == 2
+def test_keys_that_no_op_stands_for_are_named(tmp_path: Path, key: str, reason: str) -> None:
+    result = imported(tmp_path, {BLOCK: mean(1.0), key: mean(2.0)}, "proxylessnas")
+    assert list(result.unmapped) == [key]
+    assert reason in result.unmapped[key]
+    assert f"{key} (" in result.table.provenance["unmapped"]
+    assert len(result.table.entries) == 2
 
 
 def test_pooling_and_the_convolution_after_it_are_one_head(tmp_path: Path) -> None:
@@ -224,12 +234,12 @@ def test_pooling_and_the_convolution_after_it_are_one_head(tmp_path: Path) -> No
         ) == [alone]
 
 
-def test_an_unknown_file_is_unknown_in_the_header(tmp_path: Path) -> None:
-    found = imported(tmp_path, {BLOCK: mean(1.0)}, "proxylessnas").table
-    header = found.header.model_dump()
+def test_the_header_of_an_unknown_file_says_unknown(tmp_path: Path) -> None:
+    table = imported(tmp_path, {BLOCK: mean(1.0)}, "proxylessnas").table
+    header = table.header.model_dump()
     assert header.pop("space") == "proxylessnas_original"
     assert set(header.values()) == {"unknown"}
-    assert (found.provenance["licence"], found.provenance["file"], found.provenance["format"]) == (
+    assert (table.provenance["licence"], table.provenance["file"], table.provenance["format"]) == (
         "unknown",
         "source",
         "proxylessnas:mean",
@@ -243,15 +253,15 @@ def test_tfnas_names_what_it_leaves_out(tmp_path: Path) -> None:
         "MBInvertedResBlock_112_16_16_24_k3_s2_relu": widths,
         "MBInvertedResBlock_7_16_0_16_k3_s1_h-swish": {"32": 3.0},
     }
-    found = imported(
+    result = imported(
         tmp_path, json.dumps({"cpu": {**blocks, "Bottleneck_1": {"4": 1.0}}}), "tfnas:cpu"
     )
-    assert {key: entry.ms for key, entry in found.table.entries.items()} == {
+    assert {key: entry.ms for key, entry in result.table.entries.items()} == {
         "dsconv-h112-i16-o24-k3-s2-q16-relu": 1.0,
         "mbconv-h112-i16-o24-m17-k3-s2-q16-relu": 2.0,
         "mbconv-h7-i16-o16-m32-k3-hswish-id": 3.0,
     }
-    assert list(found.unmapped) == [
+    assert list(result.unmapped) == [
         "base",
         "MBInvertedResBlock_112_16_16_24_k3_s2_relu, widths 15, 18",
         "Bottleneck_1",

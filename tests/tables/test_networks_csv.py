@@ -45,12 +45,12 @@ def test_positions_picks_documents_and_names_stand_for_the_same_network(tmp_path
         rows = csv.writer(file)
         rows.writerow(["note", "ms", "architecture"])
         rows.writerows([f"row {i}", 10 + i, cell] for i, cell in enumerate(cells))
-    [(found, ms)] = read_networks(tmp_path / "nets.csv", space)
-    assert found.blocks == arch.blocks
+    [(network, ms)] = read_networks(tmp_path / "nets.csv", space)
+    assert network.blocks == arch.blocks
     assert ms == 11.5  # the median of 10, 11, 12 and 13
 
 
-def test_cells_are_written_in_their_benchmark_s_notation(tmp_path: Path) -> None:
+def test_cells_are_written_in_the_notation_of_their_benchmark(tmp_path: Path) -> None:
     cell = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
     space = load_space("nasbench201")
     networks = read_networks(written(tmp_path, f"architecture,ms\n{cell},2\n"), space)
@@ -65,8 +65,8 @@ def test_names_are_built_at_the_spaces_largest_resolution_and_classes(tmp_path: 
     with pytest.raises(
         TableError,
         match=(
-            "network 'mobilenet_v2' holds conv-h160-i3-o32-k3-s2-relu6, which space"
-            " ofa_mobilenet_v3 does not"
+            "network 'mobilenet_v2' contains op conv-h160-i3-o32-k3-s2-relu6, which is"
+            " not in space ofa_mobilenet_v3"
         ),
     ):
         read_networks(path, space)
@@ -97,8 +97,8 @@ def test_what_is_written_is_read(
             expected.setdefault(tuple(op.key for op in TINY.decode(picks).blocks), []).append(
                 i + 1.0
             )
-    found = read_networks(path, TINY)
-    assert {tuple(op.key for op in arch.blocks): ms for arch, ms in found} == {
+    networks = read_networks(path, TINY)
+    assert {tuple(op.key for op in arch.blocks): ms for arch, ms in networks} == {
         key: float(np.median(ms)) for key, ms in expected.items()
     }
 
@@ -125,11 +125,11 @@ ROW = "architecture,ms\n0 0 0,1\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty: its first line is 'architecture,ms', then one network a line."),
-        ("network,latency\n0 0 0,1\n", "begins with 'network,latency': the first line names the columns, once each 'architecture' and"),
-        ("architecture,ms,ms\n0 0 0,1,2\n", "begins with 'architecture,ms,ms': the first line names the columns, once each"),
-        ("architecture;ms\n0 0 0;1\n", "begins with 'architecture;ms': the first line names the columns"),
-        (ROW + "0 0 1\n", "line 3: there are 1 cells, too few for the columns of the header: complete it."),
+        ("", "is empty: write the header 'architecture,ms', then one network per line."),
+        ("network,latency\n0 0 0,1\n", "has the header 'network,latency', which must contain 'architecture' and"),
+        ("architecture,ms,ms\n0 0 0,1,2\n", "has the header 'architecture,ms,ms', which must contain"),
+        ("architecture;ms\n0 0 0;1\n", "has the header 'architecture;ms', which must contain"),
+        (ROW + "0 0 1\n", "line 3: it has 1 cells, fewer than the header needs: complete the line."),
         (ROW + "0 0 1,fast\n", "line 3: ms is 'fast': give a latency in milliseconds above 0, or remove the line."),
         (ROW + "0 0 1,0\n", "line 3: ms is '0': give"),
         (ROW + "0 0 1,-2\n", "line 3: ms is '-2': give"),
@@ -138,7 +138,7 @@ ROW = "architecture,ms\n0 0 0,1\n"
         (ROW + "\n0 0,2\n", "line 4: '0 0' has 2 positions, but space tiny has 3 choices: give one for each."),
         (ROW + "0 0 4,2\n", "line 3: '0 0 4' has position 4 at choice 's2.b0', whose options are 0 to 3."),
         (ROW + "0 -1 0,2\n", "line 3: '0 -1 0' is not an architecture of space tiny: give the positions"),
-        (ROW + "mobilenet_v2,2\n", "line 3: network 'mobilenet_v2' holds conv-h8-i3-o32-k3-s2-relu6, which space tiny does not: remove it"),
+        (ROW + "mobilenet_v2,2\n", "line 3: network 'mobilenet_v2' contains op conv-h8-i3-o32-k3-s2-relu6, which is not in space"),
         (ROW + "mobilnet_v2,2\n", "line 3: 'mobilnet_v2' is not an architecture: give a published network, the path of a .json document, "),
         (ROW + "mobilnet_v2,2\n", "or picks as JSON; of published networks, did you mean 'mobilenet_v2'?"),
         (ROW + f"0 0 {'9' * 5000},2\n", "is not an architecture"),
@@ -148,7 +148,7 @@ ROW = "architecture,ms\n0 0 0,1\n"
         (ROW + '"{""s1.b0"": [1]}",2\n', "line 3: pick 's1.b0' is [1]: give the name or number of an option."),
         (ROW + '"{""s1.b0"": true}",2\n', "line 3: pick 's1.b0' is True: give"),
         (ROW + '"{""s1.b0"": ""ir_k3_e3""}",2\n', "line 3: picks for space tiny lack s1.b1, s2.b0: pick an option for each."),
-        (ROW + '"0 0 1,2\n', "line 3: unexpected end of data: this is not CSV; quote cells that hold commas or quotes."),
+        (ROW + '"0 0 1,2\n', "line 3: unexpected end of data: this is not CSV; quote cells that contain commas or quotes."),
     ],
 )  # fmt: skip
 def test_refusals_name_the_line_and_the_fix(tmp_path: Path, text: str, message: str) -> None:
@@ -158,7 +158,7 @@ def test_refusals_name_the_line_and_the_fix(tmp_path: Path, text: str, message: 
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_missing_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="does not exist"):
         read_networks(tmp_path / "gone.csv", TINY)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
@@ -166,7 +166,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_networks(tmp_path / "binary.csv", TINY)
 
 
-def test_a_table_from_a_file_says_which_file_and_is_the_same_again(tmp_path: Path) -> None:
+def test_a_table_from_a_file_names_it_and_is_reproducible(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = [
         f"{' '.join(map(str, TINY.index(TINY.sample(rng))))},{rng.uniform(1, 2)}" for _ in range(8)
@@ -181,13 +181,13 @@ def test_a_table_from_a_file_says_which_file_and_is_the_same_again(tmp_path: Pat
         "unknown",
     )
     assert (table.provenance["file"], table.provenance["space_sha256"]) == ("nets.csv", TINY.sha256)
-    with pytest.raises(TableError, match="from 3 or more different networks, got 2"):
+    with pytest.raises(TableError, match="at least 3 different networks, got 2"):
         fit_from_csv(written(tmp_path, "\n".join(["architecture,ms", *lines[:2]])), TINY)
 
 
 def test_help_as_csv(tmp_path: Path) -> None:
-    """The rows of HELP's FBNet networks as anyone would write them; a GPU whose
-    latencies are sums over blocks, nearly.
+    """HELP's FBNet networks as rows that anyone might write, on a GPU whose latencies
+    are nearly sums over blocks.
     """
     folder = os.environ.get("HWNAS_TEST_DATA")
     if not folder:

@@ -1,5 +1,5 @@
-"""The published tables themselves: every one loads, and networks sum to what others
-computed from them (nas-facts 0, 2.5, 9.5).
+"""The published tables themselves: every one loads, and sums over networks match what
+others computed from them (nas-facts 0, 2.5, 9.5).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TFNAS = "tfnas_lut/tfnas_latency.json.gz"
 FBNET = "fbnet_cpu_lut/lookup_table.txt"
 NOTE10 = "ofa_note10_lut/note10_{}.yaml"
 TABLES = {  # file, format: entries, what is not mapped, device
-    # 71 of 72 under relu and relu6: the classifier has no activation
+    # 71 of 72 count twice, under relu and relu6; the classifier has no activation
     (TRIM, "proxylessnas"): (143, 0, "pixel1"),
     (PIPE, "proxylessnas"): (151, 0, "pixel1"),
     (PIPE, "proxylessnas:big"): (151, 0, "unknown"),
@@ -44,7 +44,7 @@ TABLES = {  # file, format: entries, what is not mapped, device
     (FBNET, "fbnet"): (102, 16, "unknown"),
     (TFNAS, "tfnas:cpu"): (1372, 67, "xeon-gold-6130"),
     (TFNAS, "tfnas:gpu"): (1372, 67, "titan-rtx"),
-    # pooling is in the head
+    # pooling is part of the head
     **{
         (NOTE10.format(size), "ofa"): (95, 0, "samsung-note10")
         for size in (160, 176, 192, 208, 224)
@@ -84,10 +84,10 @@ def test_every_table_loads(name: str, format_name: str) -> None:
         and len(provenance["sha256"]) == 64
         and provenance["licence"] != "unknown"
     )
-    assert all(one in provenance["unmapped"] for one in imported.unmapped)
+    assert all(key in provenance["unmapped"] for key in imported.unmapped)
 
 
-def test_mnasnet_b1_and_all_k3e3() -> None:
+def test_published_and_uniform_networks_in_the_pixel_1_table() -> None:
     trim = table(TRIM, "proxylessnas")
     assert latency_ms(published("mnasnet_b1"), trim) == pytest.approx(82.9, abs=0.05)
     assert latency_ms(published("single_path_nas"), trim) == pytest.approx(89.4, abs=0.05)
@@ -100,7 +100,9 @@ def test_mnasnet_b1_and_all_k3e3() -> None:
 
 
 def test_proxylessnas_mobile_names_its_three_missing_ops() -> None:
-    """Its first searched stage has 32 channels, the table's 24; what is covered sums to 63.7 ms."""
+    """Its first searched stage has 32 channels, the table's 24; the covered ops sum to
+    63.7 ms.
+    """
     trim, network = table(TRIM, "proxylessnas"), published("proxylessnas_mobile")
     with pytest.raises(CoverageError) as caught:
         check_coverage(network.ops(), trim, "proxylessnas_mobile")
@@ -137,21 +139,21 @@ def test_equal_layers_of_single_path_are_one_entry() -> None:
     assert table(SPNAS, "single_path").entries["dsconv-h112-i32-o16-k3-relu"].rounds == 4
 
 
-def test_the_two_pixel_1_tables_differ_by_0_44_to_2_0() -> None:
-    found = compare(table(TRIM, "proxylessnas"), table(SPNAS, "single_path"))
-    assert (round(found.lowest, 2), round(found.highest, 2)) == (0.44, 2.01)
-    assert found.ratios[0].op == "mbconv-h7-i192-o320-m576-k3-relu"
-    assert found.ratios[-1].op == "mbconv-h56-i24-o40-m72-k3-s2-relu"
-    assert len(found.ratios) == 45  # 11 shapes of 4 blocks, and the separable one
-    assert found.only_b == ()
-    assert len(found.only_a) == 72 - 45
-    assert all("-k7-" in key or not key.startswith("mbconv") for key in found.only_a)
+def test_the_two_pixel_1_tables_differ_by_factors_of_0_44_to_2_01() -> None:
+    comparison = compare(table(TRIM, "proxylessnas"), table(SPNAS, "single_path"))
+    assert (round(comparison.lowest, 2), round(comparison.highest, 2)) == (0.44, 2.01)
+    assert comparison.ratios[0].op == "mbconv-h7-i192-o320-m576-k3-relu"
+    assert comparison.ratios[-1].op == "mbconv-h56-i24-o40-m72-k3-s2-relu"
+    assert len(comparison.ratios) == 45  # 11 shapes of 4 blocks, and the separable one
+    assert comparison.only_b == ()
+    assert len(comparison.only_a) == 72 - 45
+    assert all("-k7-" in key or not key.startswith("mbconv") for key in comparison.only_a)
 
 
 @pytest.mark.parametrize("size", [160, 176, 192, 208, 224])
-def test_ofa_prices_every_network_of_its_width(size: int) -> None:
-    """Judge: the same networks summed over the source's own keys, written out from the
-    description of the space.
+def test_ofa_costs_of_networks_are_sums_over_its_keys(size: int) -> None:
+    """Checked by summing the same networks over the source's own keys, written out from
+    the description of the space.
     """
     source = yaml.safe_load(data(NOTE10.format(size)).read_text())
     space = ofa_mobilenet_v3(width=1.2, resolution=size).restrict({"resolution": [size]})
@@ -193,8 +195,8 @@ def ofa_sum_ms(
 
 
 def test_the_fastest_and_slowest_network_of_the_note10_table() -> None:
-    """The 30 ms network that gave its name to T3 is not in the data: its latency lies
-    between these.
+    """The 30 ms network of nas-facts T3 is not in the data, but its latency lies
+    between these two.
     """
     space = ofa_mobilenet_v3(width=1.2).restrict({"resolution": [224]})
     low, high = CostModel.of_table(
@@ -246,11 +248,11 @@ def test_tfnas_by_width() -> None:
 @pytest.mark.parametrize(
     ("name", "format_name", "message"),
     [
-        (TRIM, "ofa", "holds no block of format 'ofa': try --format proxylessnas"),
+        (TRIM, "ofa", "contains no block of format 'ofa': try --format proxylessnas"),
         (
             NOTE10.format(224),
             "proxylessnas",
-            "holds no block of format 'proxylessnas': try --format ofa",
+            "contains no block of format 'proxylessnas': try --format ofa",
         ),
         (SPNAS, "proxylessnas", "holds no 'mean'|has no 'mean' in entry"),
         (FBNET, "proxylessnas", "needs another --format"),
@@ -259,13 +261,13 @@ def test_tfnas_by_width() -> None:
         (TFNAS, "single_path", "has no layer 0"),
         (SPNAS, "tfnas:cpu", "has no device 'cpu'"),
         (TFNAS, "tfnas", "choose --format tfnas:COLUMN from cpu, gpu"),
-        (TRIM, "tunas", "holds no constant _PROXYLESSNAS_SEARCH_KERNEL"),
+        (TRIM, "tunas", "contains no constant _PROXYLESSNAS_SEARCH_KERNEL"),
         (CIFAR, "proxylessnas", "has several columns: choose one of cpu_b, cpu_s, gpu"),
         (TRIM, "proxylessnas:big", "has no 'big' in entry"),
         (
             PIPE,
             "proxylessnas:count",
-            "holds nothing of use in 'count': choose from mean, big, small, gpu",
+            "has no usable values in column 'count': choose from mean, big, small, gpu",
         ),
         (SPNAS, "single_path:mean", "has no columns to choose from"),
         ("ofa_note10_lut/acc_predictor.npz", "ofa", "is not text"),
@@ -280,10 +282,10 @@ def test_a_file_of_another_format(name: str, format_name: str, message: str) -> 
     ("name", "format_name"),
     [(TRIM, "proxylessnas"), (NOTE10.format(224), "ofa"), (SPNAS, "single_path")],
 )
-def test_a_file_that_was_cut_off_is_refused_or_gives_nothing_wrong(
+def test_a_truncated_file_is_refused_or_gives_nothing_wrong(
     tmp_path: Path, name: str, format_name: str
 ) -> None:
-    """Cut between two entries it is a smaller table; cut anywhere else, an error."""
+    """Cut between two entries, it is a smaller table; cut anywhere else, an error."""
     whole = data(name).read_bytes()
     full = table(name, format_name)
     refused = 0

@@ -1,5 +1,5 @@
-"""The tables in ``latency_tables/``: complete, calibrated on networks that they did not
-see, and as the README there says.
+"""The tables in ``latency_tables/``: complete, calibrated, evaluated on networks that
+the calibration did not see, and described correctly in the README there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONDITIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_a_table_prices_its_space_and_was_judged_on_unseen_networks(path: Path) -> None:
+def test_a_table_covers_its_space_and_was_evaluated_on_unseen_networks(path: Path) -> None:
     table = LatencyTable.load(path)
     header = table.header
     assert (path.parent.name, path.stem) == (
@@ -63,9 +63,9 @@ def test_a_table_prices_its_space_and_was_judged_on_unseen_networks(path: Path) 
 
 
 def test_this_projects_own_cpu_has_every_condition_in_three_spaces() -> None:
-    found = {
+    shipped = {
         (table.header.space, (table.header.runtime, table.header.dtype, table.header.threads))
         for table in map(LatencyTable.load, TABLES)
     }
     for space in ("proxylessnas", "fbnet", "mobilenet_v3_like"):
-        assert {conditions for name, conditions in found if name == space} >= CONDITIONS
+        assert {conditions for name, conditions in shipped if name == space} >= CONDITIONS

@@ -27,15 +27,15 @@ BLOCKS = (
 
 
 def classifier() -> Architecture:
-    """A classifier, of which a detector has all but the last two blocks."""
+    """A classifier. A detector has all of its blocks but the last two."""
     return Architecture(name="small", blocks=tuple(Op.parse(key) for key in BLOCKS))
 
 
 def write_rectangles(
     folder: Path, *, images: int = 24, test_images: int = 8, classes: int = 2, empty: int = 0
 ) -> Path:
-    """Images of 64 x 48 pixels with one or two rectangles; the first ``empty`` training
-    images have none.
+    """Write images of 64 x 48 pixels with one or two rectangles; the first ``empty``
+    training images have none.
     """
     rng = np.random.default_rng(0)
     for part, count in (("train", images), ("val", test_images)):
@@ -56,8 +56,8 @@ def write_rectangles(
 
 
 def settings(folder: Path, *, classes: int = 2, **train: Any) -> dict[str, Any]:
-    """The configuration of a training on data below ``folder``, where they and the
-    network's document are written.
+    """The settings of a training, after writing its data and the network's document to
+    ``folder``.
     """
     write_rectangles(folder / "data", classes=classes)
     classifier().save(folder / "small.json")

@@ -1,4 +1,4 @@
-"""Pictures of detections: whose boxes they show, and where."""
+"""Pictures of detections: which boxes they show, and where."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def nothing() -> Detections:
 def test_boxes_are_fractions_of_the_image_and_crowds_are_left_out(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     images = load(coco_config(tmp_path))
-    found = Detections(
+    detections = Detections(
         torch.tensor([[0.0, 16, 32, 64], [1, 1, 2, 2]]),
         torch.tensor([0.9, 0.31]),
         torch.tensor([1, 0]),
     )
-    both, dog, none = pictures_of(images, {0: found, 1: nothing(), 2: nothing()}).pictures
+    both, dog, none = pictures_of(images, {0: detections, 1: nothing(), 2: nothing()}).pictures
     assert {(box.label, box.corners) for box in both.truth} == {
         ("cat", (0.05, 0.2, 0.25, 0.5)),
         ("dog", (0.6, 0.6, 0.85, 0.9)),
@@ -44,30 +44,30 @@ def test_boxes_are_fractions_of_the_image_and_crowds_are_left_out(tmp_path: Path
     ]
 
 
-def test_on_a_border_boxes_are_fractions_of_the_image_too(tmp_path: Path) -> None:
-    """The wide image is 64 x 32 pixels of the input, below a border of 16; what is
-    found in the border is cut off.
+def test_boxes_are_fractions_of_the_image_without_its_border(tmp_path: Path) -> None:
+    """The wide image takes 64 x 32 pixels of the input, below a border of 16; the part
+    of a box that lies in the border is cut off.
     """
     write_scenes(tmp_path)
     images = load(coco_config(tmp_path, resize="pad"))
-    found = Detections(
+    detections = Detections(
         torch.tensor([[16.0, 24, 32, 40], [32, 0, 64, 32]]),
         torch.tensor([0.9, 0.8]),
         torch.tensor([1, 0]),
     )
-    picture, *_ = pictures_of(images, {0: found}).pictures
+    picture, *_ = pictures_of(images, {0: detections}).pictures
     assert [box.corners for box in picture.found] == [(0.25, 0.25, 0.5, 0.75), (0.5, 0.0, 1.0, 0.5)]
 
 
-def test_only_the_best_and_the_likely_are_shown(tmp_path: Path) -> None:
+def test_only_the_best_and_likely_boxes_are_shown(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     images = load(coco_config(tmp_path))
     scores = torch.linspace(0.99, 0.01, 50)
-    found = Detections(torch.rand(50, 4), scores, torch.zeros(50, dtype=torch.int64))
+    detections = Detections(torch.rand(50, 4), scores, torch.zeros(50, dtype=torch.int64))
     few = Detections(
         torch.rand(3, 4), torch.tensor([0.8, 0.3, 0.29]), torch.zeros(3, dtype=torch.int64)
     )
-    many, two = pictures_of(images, {1: found, 0: few}).pictures
+    many, two = pictures_of(images, {1: detections, 0: few}).pictures
     assert [box.score for box in many.found] == pytest.approx(scores[:10].tolist(), abs=1e-4)
     assert [box.score for box in two.found] == pytest.approx([0.8, 0.3])
 
@@ -83,7 +83,7 @@ def test_a_large_image_is_shrunk_and_a_grey_one_becomes_rgb(tmp_path: Path) -> N
     )
 
 
-def test_the_document_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
+def test_the_document_is_the_same_after_saving_and_loading(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     images = load(coco_config(tmp_path))
     pictures = pictures_of(images, dict.fromkeys(range(3), nothing()))

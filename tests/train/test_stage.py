@@ -1,5 +1,5 @@
 """Training a detector as a stage: it learns, it ends the same however often it is
-killed, and what it cannot do it says first.
+killed, and it says first what it cannot do.
 """
 
 from __future__ import annotations
@@ -7,9 +7,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +33,14 @@ from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 from hwnas.train.result import TrainResult
 from hwnas.train.stage import outputs
+from tests.commands import Command, run
 from tests.train.rectangles import classifier, experiment, settings, write_rectangles
 
 torch.set_num_threads(1)
 
 
 class Lines(Progress):
-    """Keeps what a stage says."""
+    """Keeps the messages of a stage."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -57,7 +55,7 @@ def trained(experiment: Experiment, run: Path) -> tuple[TrainResult, Lines]:
 
 
 def refused(experiment: Experiment, run: Path, stage: str = "train") -> str:
-    """The one sentence, and nothing was done."""
+    """The error message, which must be one line; nothing may have been done."""
     with pytest.raises(ConfigError) as caught:
         Pipeline(experiment, run, Progress()).run_stage(stage)
     assert "\n" not in str(caught.value) and not (run / "train").exists()
@@ -66,7 +64,7 @@ def refused(experiment: Experiment, run: Path, stage: str = "train") -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_it_learns(scores: Scores, tmp_path: Path) -> None:
+def test_a_detector_learns(scores: Scores, tmp_path: Path) -> None:
     config = settings(tmp_path, epochs=25)
     result, lines = trained(
         Experiment.model_validate({**config, "detector": {"extras": [48, 32], "scores": scores}}),
@@ -80,7 +78,7 @@ def test_it_learns(scores: Scores, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_it_writes(tmp_path: Path) -> None:
+def test_the_stage_writes_its_outputs(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     result, _ = trained(config, tmp_path / "run")
     folder = tmp_path / "run" / "train"
@@ -108,32 +106,30 @@ def test_what_it_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
-    """SIGKILL in the middle of the training, with augmentation, average and crops, and
-    the same command again.
+def test_a_killed_and_resumed_training_ends_the_same(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a training with augmentation, averaged weights and
+    random crops, and then the same command again.
     """
     config = settings(tmp_path, epochs=3, ema_decay=0.9, validate_every=1)
     config["data"]["augment"] = "ssd"
     config["checkpoint_seconds"] = 0
     (tmp_path / "straight").mkdir()
-    commands = {}
+    arguments = {}
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        commands[name] = [sys.executable, "-m", "hwnas", "train", str(tmp_path / name), "-q"]
-    subprocess.run(commands["straight"], check=True, stdout=subprocess.DEVNULL)
-    process = subprocess.Popen(commands["killed"], stdout=subprocess.DEVNULL)
+        arguments[name] = ["train", str(tmp_path / name), "-q"]
+    run(arguments["straight"])
     log = tmp_path / "killed" / "train" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while (
-        (not log.exists() or log.read_bytes().count(b"\n") < 4)
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
-    subprocess.run(commands["killed"], check=True, stdout=subprocess.DEVNULL)
+
+    def four_of_nine_steps_are_logged() -> bool:
+        return log.exists() and log.read_bytes().count(b"\n") >= 4
+
+    killed = Command(arguments["killed"])
+    assert killed.kill_once(four_of_nine_steps_are_logged) == -signal.SIGKILL, (
+        "the training was over before it could be killed"
+    )
+    run(arguments["killed"])
     for name in (*outputs(Experiment.model_validate(config)), "metrics.jsonl", "validation.jsonl"):
         assert file_sha256(tmp_path / "killed" / "train" / name) == file_sha256(
             tmp_path / "straight" / "train" / name
@@ -141,7 +137,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_class_images_without_objects_and_batches_without_boxes(tmp_path: Path) -> None:
+def test_one_class_with_images_without_objects_and_batches_without_boxes(tmp_path: Path) -> None:
     config = experiment(tmp_path, classes=1, batch_size=2)
     shutil.rmtree(tmp_path / "data")
     write_rectangles(tmp_path / "data", classes=1, empty=18)
@@ -152,7 +148,7 @@ def test_one_class_images_without_objects_and_batches_without_boxes(tmp_path: Pa
     assert result.per_class.keys() == {"red"}
 
 
-def test_divergence_is_said_and_the_last_good_state_kept(tmp_path: Path) -> None:
+def test_divergence_is_reported_and_the_last_good_state_is_kept(tmp_path: Path) -> None:
     optimizer = {"name": "momentum", "lr": 1e12, "warmup": 0.0}
     with pytest.raises(DivergenceError, match=r"optimizer\.lr"):
         trained(experiment(tmp_path, optimizer=optimizer), tmp_path / "run")
@@ -162,7 +158,7 @@ def test_divergence_is_said_and_the_last_good_state_kept(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_batch_norm_has_the_momentum_of_the_recipe(tmp_path: Path) -> None:
-    """After one step a running mean is (1 - m) 0 + m mean of the batch."""
+    """After one step, a running mean is (1 - m) * 0 + m * mean of the batch."""
     means = []
     for momentum in (0.1, 0.03):
         trained(experiment(tmp_path, epochs=0.1, bn_momentum=momentum), tmp_path / f"{momentum}")
@@ -172,7 +168,7 @@ def test_batch_norm_has_the_momentum_of_the_recipe(tmp_path: Path) -> None:
     assert means[0].abs().max() > 0.001
 
 
-# where its weights come from
+# initial weights
 
 
 def saved_classifier(folder: Path, arch: Architecture | None = None) -> ClassificationNetwork:
@@ -185,9 +181,9 @@ def saved_classifier(folder: Path, arch: Architecture | None = None) -> Classifi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("named", ["", "train"])
-def test_the_backbone_begins_with_the_weights_of_a_classifier(named: str, tmp_path: Path) -> None:
-    """Also with one for images of another size; the learning rate is next to nothing,
-    so the weights are still there in the end.
+def test_the_backbone_starts_with_the_weights_of_a_classifier(named: str, tmp_path: Path) -> None:
+    """Even if the classifier is for images of another size. The learning rate is next
+    to nothing, so the weights are still there at the end.
     """
     small = Architecture(
         name="small", blocks=tuple(replace(op, size=op.size * 2 // 3) for op in classifier().blocks)
@@ -228,7 +224,7 @@ def test_a_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
     )
 
 
-# what is trained
+# the architecture
 
 
 def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
@@ -247,7 +243,7 @@ def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
     config["train"]["arch"] = str(tmp_path / "own.json")
     config["detector"] = {}
     assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == attached, (
-        "a detector of its own stays"
+        "its own detector stays"
     )
     config["train"]["arch"] = "ssdlite320_mobilenet_v3_large"
     assert architecture(Experiment.model_validate(config), mobile32(), tmp_path) == published(
@@ -256,32 +252,35 @@ def test_the_architecture_of_a_detection_experiment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "channels"), [(0.35, 3), (1.4, 1)])
-def test_a_published_network_has_the_width_and_the_channels_that_are_set(
+def test_a_published_network_has_the_configured_width_and_channels(
     tmp_path: Path, width: float, channels: int
 ) -> None:
     one_each = {"mean": [0.5] * channels, "std": [0.5] * channels}
     data = {"name": "digits", "resolution": 32, "channels": channels, **one_each}
     config = {"space": {"width": width}, "data": data, "train": {"arch": "mobilenet_v2"}}
-    found = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
-    assert found == published(
+    arch = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
+    assert arch == published(
         "mobilenet_v2", resolution=32, classes=10, in_channels=channels, width=width
     )
     theirs = torchvision.models.mobilenet_v2(num_classes=10, width_mult=width)
-    of_colours = (3 - channels) * 9 * found.ops()[0].out_ch
-    assert found.params == sum(parameter.numel() for parameter in theirs.parameters()) - of_colours
+    # torchvision's stem always has three input channels
+    missing_params = (3 - channels) * 9 * arch.ops()[0].out_ch
+    assert (
+        arch.params == sum(parameter.numel() for parameter in theirs.parameters()) - missing_params
+    )
 
 
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = settings(tmp_path)
     own = architecture(Experiment.model_validate(config), mobile32(), tmp_path)
     own.save(tmp_path / "own.json")
-    three: dict[str, Any] = {
+    misfit: dict[str, Any] = {
         **config,
         "data": {**config["data"], "resolution": 64},
         "train": {"arch": str(tmp_path / "own.json")},
     }
     assert "has 2 classes, 48 px and 3 channels, but the data has 2, 64 and 3" in refused(
-        Experiment.model_validate(three), tmp_path / "run"
+        Experiment.model_validate(misfit), tmp_path / "run"
     )
     digits = {"train": {"arch": str(tmp_path / "own.json")}}
     assert "is a detector: set task = 'detect'" in refused(
@@ -293,15 +292,15 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         Pipeline(Experiment.model_validate(config), tmp_path / "run", Progress()).run_stage("train")
 
 
-def test_without_an_architecture_it_asks_for_a_search(tmp_path: Path) -> None:
+def test_a_training_without_an_architecture_asks_for_a_search(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"arch\.json does not exist yet: run 'hwnas search'"):
         Pipeline(experiment(tmp_path, arch=None), tmp_path / "run", Progress()).run_stage("train")
 
 
-# its document
+# the document of a result
 
 
-def test_a_result_has_its_metric() -> None:
+def test_a_result_without_its_metric_is_refused() -> None:
     common = {
         "architecture_sha256": "0",
         "weights": "scratch",
@@ -310,15 +309,16 @@ def test_a_result_has_its_metric() -> None:
         "test_images": 5,
         "class_names": ["a"],
     }
-    judged = {"task": "classify", "metric": "accuracy", "metrics": {"top5": 0.5}}
+    classified = {"task": "classify", "metric": "accuracy", "metrics": {"top5": 0.5}}
     with pytest.raises(
-        DocumentError, match="metrics lack 'accuracy', which is the metric: train again"
+        DocumentError,
+        match="metrics does not contain 'accuracy', the metric of the task: train again",
     ):
-        TrainResult.parse(json.dumps({"schema": "hwnas.train/2", **common, **judged}))
+        TrainResult.parse(json.dumps({"schema": "hwnas.train/2", **common, **classified}))
 
 
-def test_results_of_before_are_read() -> None:
-    """Version 1 had names for each task."""
+def test_results_of_earlier_versions_are_read() -> None:
+    """Version 1 had different keys for each task."""
     common = {
         "schema": "hwnas.train/1",
         "architecture_sha256": "0",

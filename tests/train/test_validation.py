@@ -1,5 +1,5 @@
-"""The validation curve: the right values, nothing else changed by looking, and the same
-rows after a kill at the worst moment.
+"""The validation curve: the right values, nothing else changed by computing them, and
+the same rows after a kill at the worst moment.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ OPTIMIZER = {"name": "adamw", "lr": 0.05, "weight_decay": 0.01, "warmup": 0.1}
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: nothing catches it."""
 
 
 class Lines(Progress):
-    """Keeps what a stage says, and kills it as it says something for the time number ``last``."""
+    """Keeps the messages of a stage, and kills it at message number ``last``."""
 
     def __init__(self, last: int = -1) -> None:
         self.said: list[str] = []
@@ -75,7 +75,7 @@ def digits(**train: Any) -> Experiment:
 
 
 def small(root: Path, **train: Any) -> Experiment:
-    """A convolution and a classifier on digits."""
+    """A training of a convolution and a classifier on digits."""
     path = root / "arch.json"
     blocks = (Op.parse("conv-h8-i1-o8-k3-relu6"), Op.parse("classifier-h8-i8-o10"))
     Architecture(name="tiny", in_channels=1, blocks=blocks).save(path)
@@ -88,8 +88,10 @@ def trained(experiment: Experiment, run: Path, progress: Progress | None = None)
 
 
 @pytest.mark.slow
-def test_looking_changes_no_bit(tmp_path: Path) -> None:
-    """With dropout, an average and BN statistics; and the last row is what the stage ends in."""
+def test_the_curve_changes_no_bit_of_the_training(tmp_path: Path) -> None:
+    """With dropout, averaged weights and BN statistics. The last row is the result of
+    the stage.
+    """
     without = trained(small(tmp_path, validate_every=0), tmp_path / "without")
     folder = trained(small(tmp_path, validate_every=0.5), tmp_path / "with", lines := Lines())
     for name in ("model.safetensors", "train.json", "metrics.jsonl"):
@@ -111,7 +113,7 @@ def test_looking_changes_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(
+def test_the_curve_is_of_the_averaged_weights_on_the_first_images_of_the_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Classification, "curve_images", 100)
@@ -128,7 +130,7 @@ def test_it_is_of_the_averaged_weights_on_the_first_images_of_the_order(
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [2, 3])
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
-def test_killed_between_a_row_and_its_checkpoint(
+def test_a_kill_between_a_row_and_its_checkpoint_changes_no_row(
     last: int, checkpoint_seconds: float, tmp_path: Path
 ) -> None:
     straight = trained(small(tmp_path, validate_every=0.5), tmp_path / "straight")
@@ -145,7 +147,7 @@ def test_killed_between_a_row_and_its_checkpoint(
 
 
 @pytest.mark.slow
-def test_of_a_detector(tmp_path: Path) -> None:
+def test_the_curve_of_a_detector_ends_in_its_result(tmp_path: Path) -> None:
     experiment = Experiment.model_validate(settings(tmp_path, epochs=6, validate_every=2))
     folder = trained(experiment, tmp_path / "run", lines := Lines())
     without = trained(
@@ -168,9 +170,11 @@ def test_of_a_detector(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("epochs", "points"), [(1, 0), (3, 0), (6, 3), (12, 7), (30, 10), (3000, 10)]
 )
-def test_the_default_costs_a_twentieth_at_most(epochs: int, points: int, tmp_path: Path) -> None:
-    """359 test images, forward only, a third of the 1438 training images of an epoch:
-    0.05 * 1438 / 120 = 0.6 evaluations an epoch.
+def test_the_default_curve_costs_at_most_a_twentieth_of_the_training(
+    epochs: int, points: int, tmp_path: Path
+) -> None:
+    """An epoch has 1438 training images. An evaluation passes 359 test images, but only
+    forward, which costs a third: 0.05 * 1438 / 120 = 0.6 evaluations per epoch.
     """
     experiment = small(tmp_path, epochs=epochs)
     steps = round(epochs * 1438 / 96)
@@ -191,9 +195,10 @@ def test_the_default_costs_a_twentieth_at_most(epochs: int, points: int, tmp_pat
 
 
 @pytest.mark.slow
-def test_test_images_without_objects_have_no_curve(
+def test_there_is_no_curve_if_the_test_images_have_no_objects(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    # as if no image had an object
     monkeypatch.setattr(
         "hwnas.data.coco.CocoImages.labels_of", lambda images, indices: np.zeros(0, np.int64)
     )

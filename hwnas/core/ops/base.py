@@ -11,9 +11,9 @@ if they are set. ``h`` is the input height = width, ``i`` and ``o`` are the inpu
 output channels; the other fields are specific to the kind. Fields at their defaults are
 left out, so adding a field does not change old keys. ``Op.parse(op.key) == op``.
 
-To add a kind, register one class with its fields, its checks and its program. Everything
-else follows from them: counting, timing, building, weight sharing, training, export,
-drawing.
+To add a kind, register one class with its fields, its checks and its program.
+Everything else follows from them: counting, timing, building, weight sharing, training,
+export, drawing.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def activation(default: str = "none") -> Any:
 
 
 def register(kind: O) -> O:
-    """Class decorator that makes a kind of op known to ``Op.parse``. Raises SpaceError if
-    another class has the same name.
+    """Class decorator that makes a kind of op known to ``Op.parse``. Raises SpaceError
+    if another class has the same name.
     """
     known = _KINDS.setdefault(kind.KIND, kind)
     if known is not kind:
@@ -93,8 +93,8 @@ def kinds() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Field:
-    """How a key writes a field: after a ``letter``, as one of several ``words``, or as a
-    ``flag``. ``default`` may be MISSING.
+    """How a key writes a field: after a ``letter``, as one of several ``words``, or as
+    a ``flag``. ``default`` may be MISSING.
     """
 
     name: str
@@ -124,7 +124,9 @@ class Op(ABC):
 
     KIND: ClassVar[str]
     WEIGHTS: ClassVar[str] = "layers."
-    """Prefix of the weights in the op's torch module, so part of the names in checkpoints."""
+    """Prefix of the weights in the op's torch module, so part of the names in
+    checkpoints.
+    """
     WORD: ClassVar[str] = ""
     """Its name in drawings, if that is not its kind."""
 
@@ -158,7 +160,7 @@ class Op(ABC):
                 )
         if self.kernel % 2 == 0 and not self.even_kernel:
             raise SpaceError(
-                f"op {self.key}: kernels are odd, as they are padded by kernel // 2; only"
+                f"op {self.key}: kernels must be odd, because they are padded by kernel // 2; only"
                 " pooling may have an even kernel, equal to its stride."
             )
         # Before the groups: ``layers`` writes the program, which needs valid fields.
@@ -184,7 +186,9 @@ class Op(ABC):
 
     @abstractmethod
     def write(self, write: ProgramWriter) -> int | tuple[int, ...]:
-        """Write the op's program, which reads value 0, and return its output or outputs."""
+        """Write the op's program, which reads value 0, and return its output or
+        outputs.
+        """
 
     @cached_property
     def program(self) -> Program:
@@ -248,8 +252,8 @@ class Op(ABC):
 
     @property
     def pooled(self) -> bool:
-        """Whether the op begins with global average pooling, so that its output is not a
-        feature map.
+        """Whether the op begins with global average pooling, so that its output is not
+        a feature map.
         """
         return False
 

@@ -12,7 +12,8 @@ from hwnas.core.ops.base import Op, activation, flag, number, register, word
 from hwnas.errors import SpaceError
 
 SE_GATES = ("sigmoid", "hsig")
-"""Gates of squeeze-and-excitation: TuNAS's sigmoid, and MobileNetV3's relu6(x + 3) / 6."""
+"""Gates of squeeze-and-excitation: TuNAS's sigmoid, and MobileNetV3's relu6(x + 3) / 6.
+"""
 
 
 @register
@@ -70,7 +71,9 @@ class DSConv(Op):
     residual: bool = flag("id")
 
     def check(self) -> None:
-        """Squeeze-and-excitation is complete, and channel attention has an odd kernel."""
+        """Squeeze-and-excitation is complete, and channel attention has an
+        odd kernel.
+        """
         check_gates(self, self.se_ch, self.se_gate, self.se_act, self.eca)
 
     def write(self, write: ProgramWriter) -> int:
@@ -102,7 +105,9 @@ class MBConv(Op):
     residual: bool = flag("id")
 
     def check(self) -> None:
-        """Squeeze-and-excitation is complete, and channel attention has an odd kernel."""
+        """Squeeze-and-excitation is complete, and channel attention has an
+        odd kernel.
+        """
         check_gates(self, self.se_ch, self.se_gate, self.se_act, self.eca)
 
     def write(self, write: ProgramWriter) -> int:
@@ -221,8 +226,8 @@ def squeeze_excite(
 
 def attend_to_channels(write: ProgramWriter, value: int, kernel: int) -> int:
     """Efficient channel attention (ECA-Net, Wang et al., arXiv 1910.03151): a map times
-    sigmoid(1-D convolution along the channels of mean(map)). The map itself if ``kernel``
-    is 0.
+    sigmoid(1-D convolution along the channels of mean(map)). The map itself if
+    ``kernel`` is 0.
 
     One kernel serves all channels, so it has hardly any weights.
     """

@@ -32,8 +32,8 @@ class ReLUConvBN(Op):
 @register
 @dataclass(frozen=True)
 class SepConv(Op):
-    """DARTS's separable convolution: act, depthwise k x k, 1 x 1, BN; then the same again
-    with stride 1.
+    """DARTS's separable convolution: act, depthwise k x k, 1 x 1, BN; then the same
+    again with stride 1.
     """
 
     KIND: ClassVar[str] = "sepconv"

@@ -39,9 +39,9 @@ class SSDPredictor(Op):
     """SSDLite's predictor for one feature map: class logits and box codes of the
     ``anchors`` of each cell, from separate branches.
 
-    Each branch is depthwise k x k, BN, act; 1 x 1 convolution with bias. The class logits
-    have ``out_ch`` = anchors x (classes + 1 for the background) channels, the box codes
-    4 x anchors.
+    Each branch is depthwise k x k, BN, act; 1 x 1 convolution with bias. The class
+    logits have ``out_ch`` = anchors x (classes + 1 for the background) channels, the
+    box codes 4 x anchors.
     """
 
     KIND: ClassVar[str] = "ssd"
@@ -52,8 +52,8 @@ class SSDPredictor(Op):
     act: str = activation()
 
     def check(self) -> None:
-        """Each cell has anchors, and each anchor has logits for the background and for at
-        least one class.
+        """Each cell has anchors, and each anchor has logits for the background and for
+        at least one class.
         """
         if not self.anchors:
             raise SpaceError(

@@ -1,4 +1,6 @@
-"""The fused inverted bottleneck of EfficientNet-EdgeTPU, MobileDets and EfficientNetV2."""
+"""The fused inverted bottleneck of EfficientNet-EdgeTPU, MobileDets and
+EfficientNetV2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The universal inverted bottleneck of MobileNetV4 (Qin et al., arXiv 2404.10518, section 4)."""
+"""The universal inverted bottleneck of MobileNetV4 (Qin et al., arXiv 2404.10518,
+section 4).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ class UIB(Op):
     """[depthwise ``start``, BN]; 1 x 1 expansion, BN, act; [depthwise ``kernel``, BN,
     act]; 1 x 1 projection, BN.
 
-    Both depthwise convolutions are optional (a kernel of 0: none), which makes four known
-    blocks; see ``case``. The stride belongs to the middle convolution or, without one, to
-    the start. The same as timm's ``UniversalInvertedResidual`` without layer scale.
+    Both depthwise convolutions are optional (a kernel of 0: none), which makes four
+    known blocks; see ``case``. The stride belongs to the middle convolution or, without
+    one, to the start. The same as timm's ``UniversalInvertedResidual`` without layer
+    scale.
     """
 
     KIND: ClassVar[str] = "uib"
@@ -53,7 +56,9 @@ class UIB(Op):
     def check(self) -> None:
         """A stride needs a depthwise convolution, and kernels are odd."""
         if self.start and self.start % 2 == 0:
-            raise SpaceError(f"op {self.key}: kernels are odd, as they are padded by kernel // 2.")
+            raise SpaceError(
+                f"op {self.key}: kernels must be odd, because they are padded by kernel // 2."
+            )
         if self.stride > 1 and self.case == "ffn":
             raise SpaceError(f"op {self.key}: a stride needs a depthwise convolution (b or k).")
 

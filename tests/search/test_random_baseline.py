@@ -1,5 +1,5 @@
-"""Random architectures beside the proposals: how many, on which images, and what is
-said before they are scored.
+"""The random architectures that proposals are compared with: how many, on which images,
+and what is announced before they are scored.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Batch, Images, Request
-from hwnas.search import comparison
 from hwnas.search import evaluator as evaluation
-from hwnas.search.comparison import affordable, compared_with, image_counts
+from hwnas.search import random_baseline
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import sample_feasible
+from hwnas.search.random_baseline import affordable, choose_random_baseline, image_counts
 from hwnas.search.stage import SearchResult, search_context
 from hwnas.search.strategy import SearchContext
 from hwnas.search.supernets import cost_counter_of
@@ -36,10 +36,12 @@ def table() -> LatencyTable:
     return synthetic_table(elastic_digits_space())
 
 
-def after(
+def search_that_cost(
     table: LatencyTable, macs: int, **settings: Any
 ) -> tuple[SearchContext, SupernetEvaluator]:
-    """A search that has cost so many multiply-accumulates."""
+    """The context and the evaluator of a search that has cost ``macs``
+    multiply-accumulates.
+    """
     config = experiment(**settings)
     search, evaluator = (
         search_context(config, elastic_digits_space(), table),
@@ -56,57 +58,65 @@ def test_how_many_pairs_are_affordable() -> None:
     assert affordable(1000, within, anywhere) == 8
     assert affordable(90, within, anywhere) == 6
     assert affordable(89, within, anywhere) == 5
-    assert affordable(-7, within, anywhere) == 4, "fewer would say nothing"
+    assert affordable(-7, within, anywhere) == 4, "fewer would say nothing about chance"
 
 
-def test_a_short_search_scores_fewer_and_a_long_one_eight(table: LatencyTable) -> None:
+def test_a_short_search_scores_few_random_architectures_and_a_long_one_eight(
+    table: LatencyTable,
+) -> None:
     counts = {}
     for macs in (10**6, 10**10, 10**12):
-        search, evaluator = after(table, macs, random_samples=None)
+        search, evaluator = search_that_cost(table, macs, random_samples=None)
         proposals = sample_feasible(search, 3, np.random.default_rng(0))
-        found = compared_with(search, evaluator, proposals)
-        counts[macs] = len(found.within)
-        assert len(found.anywhere) == len(found.within)
-        if len(found.within) > comparison.FEWEST:
+        compared = choose_random_baseline(search, evaluator, proposals)
+        counts[macs] = len(compared.within)
+        assert len(compared.anywhere) == len(compared.within)
+        if len(compared.within) > random_baseline.FEWEST:
             assert search.cost_counter is not None
             of_all, of_part = image_counts(evaluator)
             spent = sum(
-                search.cost_counter.evaluation_macs(each, of_all)
-                for each in (*proposals, *found.within)
+                search.cost_counter.evaluation_macs(picks, of_all)
+                for picks in (*proposals, *compared.within)
             )
             spent += sum(
-                search.cost_counter.evaluation_macs(each, of_part) for each in found.anywhere
+                search.cost_counter.evaluation_macs(picks, of_part) for picks in compared.anywhere
             )
-            assert spent <= comparison.SHARE * macs
-    assert counts[10**6] == comparison.FEWEST
-    assert counts[10**12] == comparison.MOST
+            assert spent <= random_baseline.SHARE * macs
+    assert counts[10**6] == random_baseline.FEWEST
+    assert counts[10**12] == random_baseline.MOST
 
 
-def test_a_number_that_is_set_holds(table: LatencyTable) -> None:
-    search, evaluator = after(table, 1, random_samples=6)
-    found = compared_with(search, evaluator, sample_feasible(search, 3, np.random.default_rng(0)))
-    assert (len(found.within), len(found.anywhere)) == (6, 6)
+def test_a_number_that_is_set_is_used(table: LatencyTable) -> None:
+    search, evaluator = search_that_cost(table, 1, random_samples=6)
+    compared = choose_random_baseline(
+        search, evaluator, sample_feasible(search, 3, np.random.default_rng(0))
+    )
+    assert (len(compared.within), len(compared.anywhere)) == (6, 6)
 
 
-def test_what_is_said_before(table: LatencyTable) -> None:
-    search, evaluator = after(table, 10**10, evaluation_images=100)
-    search.seconds = 1000.0  # so that a percent is ten seconds
-    sentence = compared_with(
+def test_the_announcement_gives_the_counts_and_the_cost(table: LatencyTable) -> None:
+    search, evaluator = search_that_cost(table, 10**10, evaluation_images=100)
+    search.seconds = 1000.0  # so that one percent is ten seconds
+    sentence = choose_random_baseline(
         search, evaluator, sample_feasible(search, 3, np.random.default_rng(0))
     ).sentence
     scored = (
         "ranking 3 proposals and scoring 2 random architectures in the budget on"
         f" {len(evaluator.held_out)} held-out images each"
     )
-    found = re.fullmatch(
-        scored + r", and 2 anywhere on 100: about (\d+) s, (\d+)% of the search's cost", sentence
+    match = re.fullmatch(
+        scored
+        + r", and 2 from the whole space on 100 images: about (\d+) s, (\d+)% of the search's cost",
+        sentence,
     )
-    assert found, sentence
-    assert int(found[1]) == pytest.approx(10 * int(found[2]), abs=5), "a part of the 1,000 seconds"
-    assert 0 < int(found[2]) < 9
+    assert match, sentence
+    assert int(match[1]) == pytest.approx(10 * int(match[2]), abs=5), (
+        "the seconds are that share of 1,000"
+    )
+    assert 0 < int(match[2]) < 9
 
 
-def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywhere_few(
+def test_random_architectures_in_the_budget_are_scored_on_all_images_and_others_on_few(
     table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated: list[int] = []
@@ -128,9 +138,9 @@ def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywh
         progress,
     )
     result = SearchResult.load(tmp_path / "search/search.json")
-    every = max(evaluated)
-    assert every > 100
-    assert evaluated == [every] * (len(result.candidates) + len(result.random)) + [100] * len(
+    all_images = max(evaluated)
+    assert all_images > 100
+    assert evaluated == [all_images] * (len(result.candidates) + len(result.random)) + [100] * len(
         result.random_anywhere
     )
     assert len(result.random) == len(result.random_anywhere) == 2
@@ -140,23 +150,25 @@ def test_random_in_the_budget_have_the_images_of_the_candidates_and_random_anywh
     )
 
 
-def test_held_out_images_are_read_once_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_images_are_read_once_if_they_fit_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     evaluator = SupernetEvaluator(supernet_of(elastic_digits_space()), experiment())
     picks = elastic_digits_space().at([0] * len(elastic_digits_space().choices))
     reads = 0
-    kind = type(evaluator.held_out)
-    original = kind.__getitems__
+    images_type = type(evaluator.held_out)
+    original = images_type.__getitems__
 
     def counted(images: Images, requests: Sequence[Request]) -> Batch:
         nonlocal reads
         reads += len(requests) if images is evaluator.held_out else 0
         return original(images, requests)
 
-    monkeypatch.setattr(kind, "__getitems__", counted)
+    monkeypatch.setattr(images_type, "__getitems__", counted)
     first, second = (evaluator.on_all_images(evaluator.network(picks)) for _ in range(2))
     assert first == second
     assert reads == len(evaluator.held_out)
-    monkeypatch.setattr(evaluation, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", 1000)  # too little for the images
     streaming = SupernetEvaluator(evaluator.supernet, experiment())
     streaming.held_out, reads = evaluator.held_out, 0
     assert [streaming.on_all_images(streaming.network(picks)) for _ in range(2)] == [first, first]

@@ -1,5 +1,5 @@
-"""The plan of a network of cells: every place where something is computed, in order,
-for both skeletons of ``hwnas.core.cells``.
+"""The steps of a network of cells: everything that it computes, in order, for both
+skeletons of ``hwnas.core.cells``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _KINDS: dict[str, type[Pool | ReLUConvBN | SepConv | DilConv]] = {
 
 @dataclass(frozen=True)
 class CellStep:
-    """A place in a network of cells. Every place makes one point (see
+    """A step of a network of cells. Every step makes one point (see
     ``hwnas.core.graph``) and reads the points in ``of``.
 
     Kinds:
@@ -63,7 +63,7 @@ class CellStep:
     - ``sum`` adds up the edges of a node that are connected.
     - ``concat`` concatenates nodes.
 
-    ``slot`` is the name of the place; ``channels`` and ``size`` (height = width) are
+    ``slot`` is the name of the step; ``channels`` and ``size`` (height = width) are
     the shape of its point.
     """
 
@@ -128,14 +128,14 @@ def sources_of(option: str) -> tuple[int, ...]:
 
 
 @dataclass
-class _Plan:
-    """Collects places. Every method returns the index of the point that it makes; point
-    0 is the image, so place i makes point i + 1.
+class _StepBuilder:
+    """Collects steps. Every method returns the index of the point that it makes; point
+    0 is the image, so step i makes point i + 1.
     """
 
     space: CellSpace
     pool_norm: bool
-    places: list[CellStep] = field(default_factory=list)
+    steps: list[CellStep] = field(default_factory=list)
 
     def op(self, slot: str, op: Op, of: int) -> int:
         """Add an op that always runs and reads the point ``of``."""
@@ -160,11 +160,11 @@ class _Plan:
             for source in range(node):
                 # nodes inside the cell are already reduced
                 if source < len(sources):
-                    place = self._edge(cell, source, node, channels, size, stride)
+                    edge = self._edge(cell, source, node, channels, size, stride)
                 else:
-                    place = self._edge(cell, source, node, channels, inner_size, 1)
-                place = replace(place, of=(points[source],), slot=f"{slot}.{place.key}")
-                edges.append(self._add(place))
+                    edge = self._edge(cell, source, node, channels, inner_size, 1)
+                edge = replace(edge, of=(points[source],), slot=f"{slot}.{edge.key}")
+                edges.append(self._add(edge))
             name = f"{slot}.{cell}.n{node}"
             points.append(self._add(CellStep("sum", tuple(edges), name, channels, inner_size)))
         return points
@@ -175,8 +175,9 @@ class _Plan:
         """An edge, without the fields that differ between cells of a kind."""
         key = edge_key(cell, source, node)
         options = self.space.edges[key]
-        act, pool_norm = self.space.act, self.pool_norm
-        ops = tuple(edge_op(option, channels, size, stride, act, pool_norm) for option in options)
+        ops = []
+        for option in options:
+            ops.append(edge_op(option, channels, size, stride, self.space.act, self.pool_norm))
 
         keep_key = inputs_key(cell, node)
         pairs = self.space.inputs.get(keep_key, ())
@@ -189,114 +190,116 @@ class _Plan:
             size // stride,
             key=key,
             options=options,
-            ops=ops,
+            ops=tuple(ops),
             keep_key=keep_key if pairs else "",
             kept=kept,
         )
 
     def concat(self, slot: str, points: Sequence[int]) -> int:
         """Add the concatenation of points."""
-        inputs = [self.places[point - 1] for point in points]
-        channels = sum(place.channels for place in inputs)
+        inputs = [self.steps[point - 1] for point in points]
+        channels = sum(step.channels for step in inputs)
         return self._add(CellStep("concat", tuple(points), slot, channels, inputs[0].size))
 
     def classifier(self, point: int) -> tuple[CellStep, ...]:
-        """Add the classifier. Returns all places."""
-        last = self.places[point - 1]
+        """Add the classifier. Returns all steps."""
+        last = self.steps[point - 1]
         self.op("classifier", Classifier(last.size, last.channels, self.space.classes), point)
-        return tuple(self.places)
+        return tuple(self.steps)
 
-    def _add(self, place: CellStep) -> int:
-        self.places.append(place)
-        return len(self.places)
+    def _add(self, step: CellStep) -> int:
+        self.steps.append(step)
+        return len(self.steps)
 
 
-def _resnet_plan(plan: _Plan) -> tuple[CellStep, ...]:
+def _resnet_steps(builder: _StepBuilder) -> tuple[CellStep, ...]:
     """The skeleton of NAS-Bench-201."""
-    space = plan.space
+    space = builder.space
     size = space.resolution
     channels = space.channels
     number = 0  # reductions are numbered with the cells
-    point = plan.op("stem", Conv(size, space.in_channels, channels, kernel=3), 0)
+    point = builder.op("stem", Conv(size, space.in_channels, channels, kernel=3), 0)
     for stage, count in enumerate(space.cells):
         if stage:
             reduction = ResidualReduce(
                 size, channels, 2 * channels, kernel=3, stride=2, act=space.act
             )
-            point = plan.op(f"cell{number}", reduction, point)
+            point = builder.op(f"cell{number}", reduction, point)
             size //= 2
             channels *= 2
             number += 1
         for _ in range(count):
-            point = plan.cell(f"cell{number}", "c", [point], channels, size)[-1]
+            point = builder.cell(f"cell{number}", "c", [point], channels, size)[-1]
             number += 1
-    return plan.classifier(plan.op("norm", Norm(size, channels, channels, act=space.act), point))
+    return builder.classifier(
+        builder.op("norm", Norm(size, channels, channels, act=space.act), point)
+    )
 
 
-def _darts_plan(plan: _Plan) -> tuple[CellStep, ...]:
+def _darts_steps(builder: _StepBuilder) -> tuple[CellStep, ...]:
     """The skeleton of DARTS: every stage but the first begins with a reduction."""
     kinds: list[str] = []
-    for stage, count in enumerate(plan.space.cells):
+    for stage, count in enumerate(builder.space.cells):
         if stage:
             kinds.append("reduce")
         kinds += ["normal"] * count
 
-    channels = plan.space.channels
-    before_last, last = _darts_stem(plan)
+    channels = builder.space.channels
+    before_last, last = _darts_stem(builder)
     for number, kind in enumerate(kinds):
         stride = 1
         if kind == "reduce":
             stride = 2
             channels *= 2
         slot = f"cell{number}"
-        size = plan.places[last - 1].size
+        size = builder.steps[last - 1].size
         sources = [
-            _preprocessed(plan, f"{slot}.pre{i}", point, channels, size)
+            _preprocess(builder, f"{slot}.pre{i}", point, channels, size)
             for i, point in enumerate((before_last, last))
         ]
-        nodes = plan.cell(slot, kind, sources, channels, size, stride)
-        before_last, last = last, plan.concat(slot, nodes[len(sources) :])
-    return plan.classifier(last)
+        nodes = builder.cell(slot, kind, sources, channels, size, stride)
+        before_last, last = last, builder.concat(slot, nodes[len(sources) :])
+    return builder.classifier(last)
 
 
-def _darts_stem(plan: _Plan) -> tuple[int, int]:
+def _darts_stem(builder: _StepBuilder) -> tuple[int, int]:
     """Add the stem. Returns the two points that the first cell reads."""
-    space = plan.space
+    space = builder.space
     size = space.resolution
     channels = space.channels
     if space.stem == "small":
         # three times the width of a node, as in DARTS's code (stem_multiplier)
-        point = plan.op("stem", Conv(size, space.in_channels, 3 * channels, kernel=3), 0)
+        point = builder.op("stem", Conv(size, space.in_channels, 3 * channels, kernel=3), 0)
         return point, point
 
     narrow = channels // 2
     stem0 = Conv(size, space.in_channels, narrow, kernel=3, stride=2, act=space.act)
     stem1 = Conv(size // 2, narrow, channels, kernel=3, stride=2)
     stem2 = ReLUConvBN(size // 4, channels, channels, kernel=3, stride=2, act=space.act)
-    half = plan.op("stem0", stem0, 0)
-    quarter = plan.op("stem1", stem1, half)
-    eighth = plan.op("stem2", stem2, quarter)
+    half = builder.op("stem0", stem0, 0)
+    quarter = builder.op("stem1", stem1, half)
+    eighth = builder.op("stem2", stem2, quarter)
     return quarter, eighth
 
 
-def _preprocessed(plan: _Plan, slot: str, point: int, channels: int, size: int) -> int:
+def _preprocess(builder: _StepBuilder, slot: str, point: int, channels: int, size: int) -> int:
     """Add the op that brings an input of a cell to the cell's width and size."""
-    source = plan.places[point - 1]
-    act = plan.space.act
+    source = builder.steps[point - 1]
+    act = builder.space.act
     op: Op
     if source.size == size:
         op = ReLUConvBN(size, source.channels, channels, act=act)
     else:
         # the last cell (or the ImageNet stem) halved the map after this input was made
         op = FactorizedReduce(source.size, source.channels, channels, stride=2, act=act)
-    return plan.op(slot, op, point)
+    return builder.op(slot, op, point)
 
 
-def plan_of(space: CellSpace, pool_norm: bool) -> tuple[CellStep, ...]:
-    """All places of the networks of a space; ``pool_norm`` adds a BN after every
+def steps_of(space: CellSpace, pool_norm: bool) -> tuple[CellStep, ...]:
+    """All steps of the networks of a space; ``pool_norm`` adds a BN after every
     pooling op.
     """
-    plan = _Plan(space, pool_norm)
+    builder = _StepBuilder(space, pool_norm)
     if space.skeleton == "nasbench201":
-        return _resnet_plan(plan)
-    return _darts_plan(plan)
+        return _resnet_steps(builder)
+    return _darts_steps(builder)

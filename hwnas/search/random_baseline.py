@@ -30,16 +30,16 @@ from hwnas.search.strategy import SearchContext
 
 SHARE = 0.2
 """Ranking and scoring may cost this fraction of the search."""
-MOST, FEWEST = 8, 4
-"""Bounds of the number of random architectures of each kind if
-``search.random_samples`` is not set.
-"""
+MOST = 8
+"""Most random architectures of each kind if ``search.random_samples`` is not set."""
+FEWEST = 4
+"""Fewest random architectures of each kind if ``search.random_samples`` is not set."""
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Random architectures ``within`` the budget and ``anywhere`` in the space, and a
-    ``sentence`` that announces them and their cost.
+class RandomBaseline:
+    """What proposals are compared with: random architectures ``within`` the budget and
+    ``anywhere`` in the space, and a ``sentence`` that announces them and their cost.
     """
 
     within: Sequence[Picks]
@@ -47,10 +47,10 @@ class Comparison:
     sentence: str
 
 
-def compared_with(
+def choose_random_baseline(
     search: SearchContext, evaluator: SupernetEvaluator, proposals: Sequence[Picks]
-) -> Comparison:
-    """The random architectures to score beside the proposals of a finished search.
+) -> RandomBaseline:
+    """The random architectures to score together with the proposals of a finished search.
 
     There are none if no weights are shared: standalone networks say nothing about
     other architectures.
@@ -79,7 +79,9 @@ def compared_with(
     anywhere = anywhere[:count]
     total = ranking + sum(within_costs[:count]) + sum(anywhere_costs[:count])
     counts = (len(proposals), len(within), len(anywhere))
-    return Comparison(within, anywhere, _sentence(search, evaluator, counts, total / max(spent, 1)))
+    return RandomBaseline(
+        within, anywhere, _sentence(search, evaluator, counts, total / max(spent, 1))
+    )
 
 
 def image_counts(evaluator: SupernetEvaluator) -> tuple[int, int]:
@@ -118,7 +120,7 @@ def _sentence(
         sentence += f" and scoring {within} random architectures in the budget"
     sentence += f" on {images:,} held-out images each"
     if anywhere:
-        sentence += f", and {anywhere} anywhere on {part:,}"
+        sentence += f", and {anywhere} from the whole space on {part:,} images"
     sentence += ": "
     if search.seconds:
         sentence += f"about {duration(share * search.seconds)}, "

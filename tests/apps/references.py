@@ -1,4 +1,6 @@
-"""Programs of others that take our files, in environments of their own (``make judges``)."""
+"""Third-party programs that read our files, in their own environments (``make
+references``).
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,15 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 
 
-def judge(environment: str, script: str, *arguments: str | Path) -> Any:
-    """What a script of this folder prints as JSON (None for nothing), run by
-    ``.venv-ENVIRONMENT``. Skips the test where it is missing.
+def run_reference(environment: str, script: str, *arguments: str | Path) -> Any:
+    """The JSON that a script of this folder prints (None for nothing), run in
+    ``.venv-ENVIRONMENT``. Skips the test if that is missing.
     """
     folder = ROOT / f".venv-{environment}"
     if not (folder / "installed").exists():
-        pytest.skip(f"{folder.name} is missing: make judges")
+        pytest.skip(f"{folder.name} is missing: make references")
     command = [str(folder / "bin" / "python"), str(FOLDER / script), *map(str, arguments)]
-    # The checkout's own packages must not be found: PYTHONPATH is left out.
+    # PYTHONPATH is left out, so that the checkout's own packages are not found.
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"}
     )
