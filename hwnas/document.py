@@ -16,20 +16,26 @@ schema id::
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
+import gc
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
-from hwnas.errors import DocumentError, StorageError
+from hwnas.errors import DocumentError, StorageError, UserError
+from hwnas.printable import quoted, shortened
 
 
 class Record(BaseModel):
@@ -48,7 +54,7 @@ class Document(BaseModel):
     SCHEMA: ClassVar[str]
     VERSION: ClassVar[int] = 1
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with changes. Unlike pydantic's own, it drops values that were
@@ -75,9 +81,9 @@ class Document(BaseModel):
             return cls.migrate(version, content)
         except DocumentError as error:
             raise DocumentError(f"{source}: {error}") from error
-        except (AttributeError, KeyError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DocumentError(
-                f"{source} is not a {cls.SCHEMA}/{version} document ({error!r}): it is corrupt;"
+                f"{source} is not a {cls.SCHEMA}/{version} document ({quoted(error)}): it is corrupt;"
                 " create it again."
             ) from error
 
@@ -86,22 +92,16 @@ class Document(BaseModel):
         """Read a document from JSON text. Raises DocumentError, which names ``source``
         and what is wrong with it.
         """
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DocumentError(
-                f"{source} is not valid JSON ({error}): it is corrupt or was cut off; create it"
-                " again."
-            ) from error
+        content = read_json(text, source)
         if not isinstance(content, dict):
             raise DocumentError(
                 f"{source} holds a JSON {type(content).__name__}, not a {cls.SCHEMA} document."
             )
         schema = content.pop("schema", None)
-        name, _, version = str(schema).partition("/")
-        if name != cls.SCHEMA or not version.isdecimal():
+        name, _, version = schema.partition("/") if isinstance(schema, str) else ("", "", "")
+        if name != cls.SCHEMA or not _VERSION.fullmatch(version):
             raise DocumentError(
-                f"{source} has schema {schema!r}, but a {cls.SCHEMA}/{cls.VERSION} document is"
+                f"{source} has schema {quoted(schema)}, but a {cls.SCHEMA}/{cls.VERSION} document is"
                 " needed here."
             )
         if int(version) > cls.VERSION:
@@ -109,17 +109,21 @@ class Document(BaseModel):
                 f"{source} has schema {schema}, newer than this hwnas can read ({cls.VERSION}):"
                 " upgrade hwnas."
             )
+        if int(version) < cls.VERSION:
+            content = cls._migrated(int(version), content, source)
         try:
-            if int(version) < cls.VERSION:
-                content = cls._migrated(int(version), content, source)
-            return cls.model_validate_json(json.dumps(content), strict=True)
+            return cls.model_validate_json(_as_json(content), strict=True)
+        except RecursionError as error:
+            raise DocumentError(f"{source} is nested too deeply: create it again.") from error
         except ValidationError as error:
             raise DocumentError(f"{source}: {explain(error, cls)}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a document from a file."""
-        return cls.parse(read_bytes(path), str(path))
+        text = read_bytes(path, at_most=LARGEST_BYTES)
+        with uncollected():
+            return cls.parse(text, quoted_path(path))
 
     def to_json(self) -> str:
         """The stored form: sorted keys, one value per line, a newline at the end."""
@@ -140,16 +144,179 @@ class Document(BaseModel):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file that the user named. Raises DocumentError if it cannot be
-    read.
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """A context without garbage collection. A large document is a million objects, none of
+    them garbage, and a quarter of the time would go into visiting them again and again.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _as_json(content: Any) -> str | bytes:
+    """A value as JSON text, for pydantic to read. pydantic writes it several times as fast
+    as ``json``, but no halves of surrogate pairs, and nothing that is nested deeply.
     """
     try:
-        return Path(path).read_bytes()
+        return to_json(content)
+    except PydanticSerializationError:
+        return json.dumps(content)
+
+
+_VERSION = re.compile("[1-9][0-9]{0,8}")
+"""The version in a schema id."""
+
+LONGEST_INTEGER = 300
+"""Digits of the longest integer in a document. Longer ones are no floating-point number,
+so that no arithmetic is possible with them.
+"""
+
+
+def read_json(text: str | bytes, source: str) -> Any:
+    """The value of a JSON text that belongs to a document. Raises DocumentError, which
+    names ``source``, if it is not JSON, or has a key twice, NaN or an infinity.
+    """
+    try:
+        content = json.loads(
+            text,
+            object_pairs_hook=_with_each_key_once,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except DocumentError as error:
+        raise DocumentError(f"{source} {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(
+            f"{source} is not valid JSON ({error}): it is corrupt or was cut off; create it again."
+        ) from error
+    return content
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises DocumentError if a key is there twice: one of the values would
+    be lost, and nobody knows which is meant.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DocumentError(f"has the key {quoted(twice)} twice: remove one of them.")
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_INTEGER:
+        raise DocumentError(
+            f"holds an integer of {len(digits)} digits ({digits[:20]}...): correct that value."
+        )
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise DocumentError(
+            f"holds {text[:40]}, where a finite number is needed: correct that value, or create the"
+            " file again."
+        )
+    return number
+
+
+LARGEST_BYTES = 2**29
+"""The size of the largest document: ten times a table of 100,000 ops. A larger file, or
+a device such as /dev/zero, would only fill the memory.
+"""
+
+
+def read_bytes(path: str | Path, at_most: int = -1) -> bytes:
+    """The content of a file that the user named. Raises DocumentError if it cannot be
+    read, or has more than ``at_most`` bytes; -1: no limit.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read() if at_most < 0 else file.read(at_most + 1)
     except FileNotFoundError as error:
-        raise DocumentError(f"{path} does not exist: check the path.") from error
+        raise DocumentError(f"{quoted_path(path)} does not exist: check the path.") from error
     except OSError as error:
-        raise DocumentError(f"{path} cannot be read ({error.strerror}).") from error
+        raise DocumentError(
+            f"{quoted_path(path)} cannot be read ({error.strerror}): check the path."
+        ) from error
+    except ValueError as error:  # a null byte, or half of a surrogate pair
+        raise DocumentError(
+            f"{quoted_path(path)} is not a path ({error}): check the path."
+        ) from error
+    if 0 <= at_most < len(content):
+        raise DocumentError(
+            f"{quoted_path(path)} has more than {at_most // 2**20} MiB, too much for a file of its"
+            " kind: check the path."
+        )
+    return content
+
+
+def user_path(text: str, key: str) -> Path:
+    """The path that the user wrote for ``key``, with the home folder in place of ``~``.
+    Nothing need be there yet.
+
+    Raises UserError if no file can be there: an unknown user after ``~``, a name that is
+    too long, a null byte, a folder that this user may not look into.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path  # callers say in their own words what should be there
+    except RuntimeError as error:
+        raise UserError(
+            f"{key} = {quoted(text)} begins with the home folder of a user who does not exist: write"
+            " the whole path."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{key} = {quoted(text)} cannot be opened ({error.strerror}): check the path."
+        ) from error
+    except ValueError as error:  # a null byte, or half of a surrogate pair
+        raise UserError(f"{key} = {quoted(text)} is not a path ({error}): correct it.") from error
+    return path
+
+
+def quoted_path(path: str | Path) -> str:
+    """A path for messages: as it is, and in the middle of a very long one an ellipsis."""
+    text = str(path)
+    if len(text) <= LONGEST_PATH:
+        return text
+    half = (LONGEST_PATH - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+LONGEST_PATH = 300
+"""Longer paths are shortened in messages, to this many characters."""
+
+
+_ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    # before those of UTF-16, because one of them begins like one of these
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks, and the encodings that drop them."""
+
+
+def decoded_text(content: bytes) -> str:
+    """The text in a file's bytes: that of the encoding whose byte order mark it begins
+    with, as programs on Windows write it, otherwise UTF-8. Raises UnicodeDecodeError.
+    """
+    for mark, encoding in _ENCODINGS.items():
+        if content.startswith(mark):
+            return content.decode(encoding)
+    return content.decode()
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
@@ -210,10 +377,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     and the fix.
     """
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    place = ".".join(shortened(str(part)) for part in first["loc"]) or "(top level)"
     if first["type"] == "extra_forbidden":
         fields = _fields_at(model, first["loc"][:-1])
-        return f"unknown key {place!r}; {nearest(str(first['loc'][-1]), fields)}"
+        return f"unknown key {place!r}; {nearest(shortened(str(first['loc'][-1])), fields)}"
     if first["type"] == "missing":
         return f"key {place!r} is missing; add it."
     message = first["msg"].removeprefix("Value error, ")
@@ -221,11 +388,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         # a rule about a whole table names the keys itself, and the table is too long
         return message
 
-    value = repr(first["input"])
-    if len(value) > 60:
-        value = value[:57] + "..."
     reason = message[0].lower() + message[1:]
-    return f"{place} = {value}: {reason.removesuffix('.')}."
+    return f"{place} = {quoted(first['input'])}: {reason.removesuffix('.')}."
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

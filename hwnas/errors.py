@@ -5,6 +5,8 @@ line prints it without a traceback. Broken internal invariants are ``assert``, a
 do show a traceback.
 """
 
+from __future__ import annotations
+
 
 class HwnasError(Exception):
     """Any error that hwnas reports to the user. ``exit_code`` is the exit code of the
@@ -54,8 +56,36 @@ class DataError(UserError):
     """Images or labels that are missing or cannot be decoded."""
 
 
+class UnreadableImageError(DataError):
+    """An image that does not decode. ``image`` is its path relative to ``data.path``, as
+    in ``data.skip``.
+    """
+
+    def __init__(self, message: str, image: str) -> None:
+        super().__init__(message)
+        self.image = image
+
+    def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str]]:
+        # loader processes send it to the training process, and pickle calls __init__
+        return type(self), (str(self), self.image)
+
+
+class DataProblemsError(DataError):
+    """Everything that is wrong with a data set. ``unreadable`` maps images that do not
+    decode to the reasons; see ``UnreadableImageError.image``.
+    """
+
+    def __init__(self, message: str, unreadable: dict[str, str]) -> None:
+        super().__init__(message)
+        self.unreadable = unreadable
+
+
 class CheckpointError(UserError):
     """A checkpoint that is corrupt or belongs to something else."""
+
+
+class ResourceError(UserError):
+    """A machine that refuses what the settings need: memory, processes, open files."""
 
 
 class StorageError(UserError):

@@ -11,9 +11,8 @@ from hwnas.config import Experiment, load_experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.spaces import SPACES, load_space
+from hwnas.document import user_path
 from hwnas.errors import UserError
-from hwnas.networks import named_networks
-from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import load_config
 
@@ -37,7 +36,7 @@ def shown_space(name: str, overrides: list[str]) -> Shown:
     start from the space's own resolution, classes and channels. Raises UserError in one
     sentence.
     """
-    path = Path(name)
+    path = user_path(name, "CONFIG")
     if path.is_dir() and name not in SPACES:
         if overrides:
             raise UserError(
@@ -63,6 +62,10 @@ def _of_experiment(experiment: Experiment, root: Path | None) -> Shown:
     """The space of an experiment, with the configured table, else the profiled one of
     its run folder.
     """
+    # Only here, because they import PyTorch, which a space by name does not need.
+    from hwnas.networks import named_networks
+    from hwnas.pipeline import Pipeline
+
     pipeline = Pipeline(experiment, root or Path(), Progress())
     is_configured = experiment.search.table is not None
     is_profiled = root is not None and pipeline.folder.table_path.is_file()

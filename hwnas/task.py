@@ -234,9 +234,6 @@ class Task(ABC):
     decodes: ClassVar[bool] = False
     studied: ClassVar[bool] = False
 
-    # The old name of ``describe_result``, which ``__init_subclass__`` sets.
-    said: Any
-
     def __init_subclass__(cls, **arguments: Any) -> None:
         # before ABCMeta looks for missing methods, so the old names count as implemented
         super().__init_subclass__(**arguments)

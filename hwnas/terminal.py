@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar as RichBar
 from rich.table import Table
 from rich.text import Text
 
+from hwnas.printable import one_line, printable
 from hwnas.progress import Pace, Progress, ProgressBar, duration
 
 LINE_SECONDS = 30.0
@@ -57,6 +58,7 @@ class TerminalProgress(Progress):
         with _Bars(self.console, live=live) as bars:
 
             def begin(description: str, total: int, done: int) -> ProgressBar:
+                description = one_line(description)
                 pace = Pace(total, done)
                 if not live:
                     return _PrintedBar(self.console, description, pace)
@@ -69,20 +71,22 @@ class TerminalProgress(Progress):
 
     def info(self, message: str) -> None:
         """A line."""
-        self.console.print(message, markup=False, soft_wrap=not self.console.is_terminal)
+        self._print(message)
 
     def debug(self, message: str) -> None:
         """A dim line, in verbose mode."""
         if self.verbose:
-            self.console.print(
-                message, style="dim", markup=False, soft_wrap=not self.console.is_terminal
-            )
+            self._print(message, style="dim")
 
     def warning(self, message: str) -> None:
         """A line in yellow."""
+        self._print(f"warning: {message}", style="yellow")
+
+    def _print(self, message: str, style: str | None = None) -> None:
+        # messages name files and classes, which cannot control the terminal that way
         self.console.print(
-            f"warning: {message}",
-            style="yellow",
+            printable(message),
+            style=style,
             markup=False,
             soft_wrap=not self.console.is_terminal,
         )

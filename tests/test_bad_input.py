@@ -181,7 +181,7 @@ def test_corrupt_checkpoint(hwnas: Run, project: Path) -> None:
         "model.safetensors",
         "corrupt",
     )
-    assert (project / "run" / "export.old-1" / "bundle.json").exists()
+    assert (project / "run" / "export" / "bundle.json").exists()
 
 
 def test_missing_data_folder(hwnas: Run, project: Path) -> None:
@@ -223,7 +223,7 @@ def test_image_that_does_not_decode(hwnas: Run, project: Path) -> None:
 
 
 def test_diverging_training_stops_and_keeps_a_checkpoint(hwnas: Run, project: Path) -> None:
-    overrides = ["-s", "train.optimizer.lr=1e30", "-s", "train.optimizer.warmup=0.9"]
+    overrides = ["-s", "train.optimizer.lr=1e12", "-s", "train.optimizer.warmup=0.9"]
     refused(
         hwnas("train", project / "tiny.toml", "--out", project / "run", *overrides),
         "loss",

@@ -61,7 +61,7 @@ def test_the_resolved_configuration_loads_again() -> None:
         ("[search.optimizer]\nlearning = 3", r"unknown key 'search\.optimizer\.learning'; "),
         ("[train.optimizer]\nwarm_up = 0.1", r"unknown key 'train\.optimizer\.warm_up'; did you mean 'warmup'\?"),
         ('[search.objective]\nname = "absolute"\nbeat = -0.1', r"unknown key 'search\.objective\.absolute\.beat'; did you mean 'beta'\?"),
-        ("[data]\nqqqq = 1", r"unknown key 'data\.qqqq'; known: augment, channels, "),
+        ("[data]\nqqqq = 1", r"unknown key 'data\.qqqq'; known: allow_outside, augment, channels, "),
         ('seed = "x"', "seed = 'x': input should be a valid integer"),
         ("search = 3", "search = 3: input should be a valid dictionary"),
         ("[search]\nepochs = 0", "search.epochs = 0: input should be greater than 0"),

@@ -4,6 +4,7 @@ failed write changes nothing.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -28,9 +29,11 @@ from hwnas.document import (
     merged,
     nearest,
     read_bytes,
+    user_path,
     write_atomic,
 )
 from hwnas.errors import DocumentError, StorageError, UserError
+from hwnas.printable import one_line, printable, quoted
 
 
 class Part(BaseModel):
@@ -147,6 +150,10 @@ def test_hashes_of_values_do_not_depend_on_the_order_of_keys() -> None:
         (stored(schema="test.sheet/x"), "but a test.sheet/3 document is needed"),
         (stored(schema="test.sheet/²"), "but a test.sheet/3 document is needed"),
         (stored(schema="test.sheet/-1"), "but a test.sheet/3 document is needed"),
+        (stored(schema="test.sheet/0"), "but a test.sheet/3 document is needed"),
+        (stored(schema="test.sheet/01"), "but a test.sheet/3 document is needed"),
+        (stored(schema="test.sheet/" + "9" * 5000), "but a test.sheet/3 document is needed"),
+        (stored(schema=["test.sheet/3"]), "but a test.sheet/3 document is needed"),
         (stored(schema=3), "has schema 3, but"),
         ('{"title": "t"}', "has schema None, but"),
         (stored(schema="test.sheet/4"), r"has schema test\.sheet/4, newer than this hwnas can read \(3\): upgrade hwnas"),
@@ -156,7 +163,13 @@ def test_hashes_of_values_do_not_depend_on_the_order_of_keys() -> None:
         ("{'title': 3}", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         (stored(title="\ud800"), "source"),
-        ('{"schema": "test.sheet/3", "title": "t", "count": ' + "9" * 5000 + "}", "source"),
+        ('{"schema": "test.sheet/3", "title": "t", "count": ' + "9" * 5000 + "}", r"an integer of 5000 digits \(9{20}\.\.\.\)"),
+        ('{"schema": "test.sheet/3", "title": "t", "title": "u"}', "has the key 'title' twice: remove one of them"),
+        (stored(named={}).replace("{}", '{"x": {}, "x": {"weight": 1}}'), "has the key 'x' twice"),
+        (stored(parts=[{"weight": float("nan")}]), "holds NaN, where a finite number is needed"),
+        (stored(parts=[{"weight": float("-inf")}]), "holds -Infinity, where a finite number is needed"),
+        (stored(parts=[{"weight": 1}]).replace(": 1}", ": 1e999}"), "holds 1e999, where a finite number is needed"),
+        (stored(**{"x" * 5000: 1}), r"unknown key 'x{77}\.\.\.'"),
     ],
 )  # fmt: skip
 def test_wrong_documents_are_refused_in_one_sentence(text: str, message: str) -> None:
@@ -241,7 +254,71 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
         read_bytes(tmp_path)
 
 
-def test_hints_for_unknown_names() -> None:
+def test_a_file_that_is_too_large_for_its_kind_is_not_read_to_its_end() -> None:
+    with pytest.raises(DocumentError, match=r"/dev/zero has more than 1 MiB, too much for a file"):
+        read_bytes("/dev/zero", at_most=2**20)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
+def test_names_that_no_file_can_have_are_document_errors(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DocumentError, match="check the path") as caught:
+        Sheet.load(tmp_path / name)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("~nobody-at-all/x", "begins with the home folder of a user who does not exist"),
+        ("x" * 5000, r"cannot be opened \(File name too long\): check the path"),
+        ("a\0b", r"is not a path \(embedded null byte\): correct it"),
+    ],
+)
+def test_what_cannot_be_a_path_is_said_in_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^search.table = .*{message}") as caught:
+        user_path(text, "search.table")
+    assert len(str(caught.value)) < 300
+
+
+def test_paths_of_users_may_lead_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/tables/x.json", "search.table") == tmp_path / "tables" / "x.json"
+    (tmp_path / "file").write_text("")
+    assert user_path(f"{tmp_path}/file/x", "search.table") == tmp_path / "file" / "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain \N{LATIN SMALL LETTER U WITH DIAERESIS}\t\n", None),
+        ("\x1b[2J", "\\u001b[2J"),
+        ("a\rb\x7f\x9b", "a\\u000db\\u007f\\u009b"),
+        ("\u202egnp\u2066\u200f", "\\u202egnp\\u2066\\u200f"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_characters_that_control_a_terminal_are_shown_as_escapes(
+    text: str, shown: str | None
+) -> None:
+    assert printable(text) == (text if shown is None else shown)
+    # the escapes are those of JSON
+    stored_text = json.dumps({"name": text}, ensure_ascii=False)
+    assert json.loads(printable(stored_text)) == {"name": text}
+
+
+def test_one_line_is_short_whatever_it_names() -> None:
+    assert one_line("a\nb") == "a b"
+    assert len(one_line("x" * 100_000)) < 2100
+
+
+def test_values_are_quoted_in_short() -> None:
+    assert quoted("x" * 100) == "'" + "x" * 56 + "..."
+    assert quoted(10**5000) == "a number of thousands of digits"
+
+
+def test_hints() -> None:
     assert nearest("mobilnet", ["mobilenet", "mnasnet"]) == "did you mean 'mobilenet'?"
     assert nearest("xyz", ["b", "a"]) == "known: a, b."
     assert nearest("x", []) == "known: none."
@@ -392,3 +469,15 @@ def test_a_path_below_a_file_or_onto_a_folder_is_a_storage_error(tmp_path: Path)
         assert isinstance(caught.value, UserError)
     assert (tmp_path / "file").read_bytes() == b"old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_garbage_is_collected_again_after_a_document_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.json"
+    Sheet(title="a").save(path)
+    assert gc.isenabled()
+    Sheet.load(path)
+    assert gc.isenabled()
+    path.write_text("{")
+    with pytest.raises(DocumentError):
+        Sheet.load(path)
+    assert gc.isenabled()

@@ -192,6 +192,24 @@ def test_without_a_terminal_lines_show_progress_and_time(monkeypatch: pytest.Mon
     )
 
 
+def test_names_in_messages_cannot_control_the_terminal() -> None:
+    log = io.StringIO()
+    progress = TerminalProgress(console=Console(file=log, width=200), verbose=True)
+    progress.info("class \x1b[2J\u202ecat")
+    progress.debug("file \x9b31m")
+    progress.warning("a\rb\nc")
+    with progress.task("on \x1b]0;x\x07\nphone", 1) as task:
+        task.advance()
+    lines = log.getvalue().splitlines()
+    assert lines[:4] == [
+        "class \\u001b[2J\\u202ecat",
+        "file \\u009b31m",
+        "warning: a\\u000db",
+        "c",
+    ]
+    assert lines[4].startswith("on \\u001b]0;x\\u0007 phone: 1 of 1")
+
+
 @contextmanager
 def terminal_of(columns: int) -> Iterator[tuple[int, int]]:
     """Both ends of a pseudo-terminal."""

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hwnas.core.settings import Settings
 from hwnas.document import explain
 from hwnas.errors import ConfigError
 
+Epochs: TypeAlias = Annotated[float, Field(gt=0, le=1_000_000)]
+Images: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
+BatchSize: TypeAlias = Annotated[int, Field(ge=2, le=2**20)]
+Processes: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
+Rounds: TypeAlias = Annotated[int, Field(ge=1, le=1000)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=10_000_000)]
+Weight: TypeAlias = Annotated[float, Field(ge=0, le=1e6)]
+# The upper bounds are far beyond any use. They tell a slip of the keyboard from a setting
+# before it costs hours, and before a number overflows.
 
-class Section(BaseModel):
-    """Base of all configuration tables: frozen and typed, without unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Section(Settings):
+    """Base of all configuration tables."""
 
 
 AnySection = TypeVar("AnySection", bound=Section)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from hwnas.config.base import Section
 from hwnas.config.formats import FORMATS, NMS_FORMATS, Format
@@ -25,22 +25,51 @@ from hwnas.config.tables import (
     ValidateConfig,
 )
 from hwnas.config.tasks import TaskName, network_kind
-from hwnas.document import explain, merged
+from hwnas.document import decoded_text, explain, merged, quoted_path
 from hwnas.errors import ConfigError
+from hwnas.printable import quoted, shortened
 from hwnas.resources import resource_path
+
+LONGEST_NAME = 200
+"""Bytes of the longest name: file systems have 255, and earlier results get a suffix."""
+
+LARGEST_BYTES = 2**24
+"""More than any configuration has. What is read of /dev/zero, for instance."""
+
+DEEPEST = 32
+"""Levels of nested tables and lists. No configuration has more than eight."""
+
+
+def checked_name(name: str) -> str:
+    """The name of an experiment, which is also the name of its run folder below ``runs``.
+    Raises ValueError if it would lead elsewhere or cannot be displayed.
+    """
+    leads_elsewhere = name in (".", "..") or "/" in name or "\\" in name
+    is_blank = not name.strip()
+    if leads_elsewhere or is_blank or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"a name becomes the name of a folder; give 1 to {LONGEST_NAME} printable characters"
+            " without / and \\, and choose another place for the results with --out"
+        )
+    return name
 
 
 class Experiment(Section):
     """A whole experiment: everything that ``hwnas run`` needs to know."""
 
-    name: str = Field("experiment", description="title of the report")
+    name: Annotated[str, AfterValidator(checked_name)] = Field(
+        "experiment", description="title of the report, and name of the run folder"
+    )
     task: TaskName = Field(
         "classify",
         description="classify: one label per image; detect: boxes with labels; or a plug-in's task",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of all random numbers")
     checkpoint_seconds: float = Field(
-        20.0, ge=0, description="seconds between checkpoints of a running search or training"
+        20.0,
+        ge=0,
+        le=1e9,  # never
+        description="seconds between checkpoints of a running search or training",
     )
     space: SpaceConfig = SpaceConfig()
     device: DeviceConfig = DeviceConfig()
@@ -119,20 +148,28 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     file_content: dict[str, Any] = {}
     if path is not None:
         try:
-            file_content = tomllib.loads(resolve_path(Path(path)).read_text())
-            file_content = with_new_keys(file_content, str(path))
+            with resolve_path(Path(path)).open("rb") as file:
+                text = decoded_text(file.read(LARGEST_BYTES))
+            file_content = tomllib.loads(text)
         except FileNotFoundError as error:
             raise ConfigError(
                 f"configuration {path} does not exist: check the path, or see 'hwnas run --help'."
             ) from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"configuration {path} is not valid TOML: {error}.") from error
+        # a ValueError: bad TOML or UTF-8, or an integer of thousands of digits
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"configuration {quoted_path(path)} is not valid TOML: {error}."
+            ) from error
+        _check_depth(file_content, f"configuration {path}")
+        file_content = with_new_keys(file_content, str(path))
     content = file_content
     for override in overrides:
+        parsed = _parse_override(override)
+        _check_depth(parsed, f"-s {quoted(override)}")
         # These tables are replaced as a whole: options of another strategy would be errors.
         content = merged(
             content,
-            with_new_keys(_parse_override(override), f"-s {override}"),
+            with_new_keys(parsed, f"-s {override}"),
             replace=("strategy", "objective", "optimizer", "budget"),
         )
     try:
@@ -140,8 +177,25 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     except ValidationError as error:
         source = str(path)
         if not _has_error(file_content, error):
-            source = ", ".join(f"-s {text}" for text in _causes(overrides, error))
+            source = ", ".join(f"-s {shortened(text)}" for text in _causes(overrides, error))
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
+
+
+def _check_depth(content: Any, source: str) -> None:
+    """Raise ConfigError if a parsed configuration has more than ``DEEPEST`` levels: what
+    reads it would run out of stack.
+    """
+    level = [content]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        level = inner
+    if level:
+        raise ConfigError(f"{source} is nested more than {DEEPEST} levels deep: correct it.")
 
 
 def keys_given(section: Section) -> dict[str, Any]:
@@ -232,7 +286,7 @@ def resolve_path(path: Path) -> Path:
     """The path itself, or the file of the package for ``configs/...`` if the path does
     not exist, so that these paths also work without a checkout.
     """
-    if path.exists() or path.parts[:1] != ("configs",):
+    if path.parts[:1] != ("configs",) or path.exists():
         return path
     return resource_path("configs").joinpath(*path.parts[1:])
 
@@ -242,11 +296,11 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(
-            f"-s {text!r} is not KEY=VALUE; write for instance -s search.target_ms=1.5."
+            f"-s {quoted(text)} is not KEY=VALUE; write for instance -s search.target_ms=1.5."
         )
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError, KeyError):
         # A string without quotes, which a shell would remove anyway.
         parsed = value
     content: Any = parsed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from hwnas.config.base import Plugin, Section, with_defaults
+from hwnas.config.base import BatchSize, Epochs, Images, Plugin, Section, with_defaults
 from hwnas.core.limits import AnyBudget, Budget, LatencyLimit, Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
 
@@ -39,15 +39,17 @@ class OptimizerConfig(Section):
     lr: float = Field(
         0.165,
         gt=0,
+        le=1e12,
         description="peak learning rate for a batch of 256 images; scaled linearly with batch_size",
     )
-    momentum: float = Field(0.9, description="not used by optimisers without momentum")
+    momentum: float = Field(0.9, ge=0, lt=1, description="not used by optimisers without momentum")
     weight_decay: float = Field(
         4e-5,
         ge=0,
+        le=1000,
         description="weight_decay * w is added to the gradient; TuNAS: l2(weight_decay / 2)",
     )
-    options: dict[str, float] | None = Field(
+    options: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] | None = Field(
         None,
         description=(
             "further arguments of the optimiser; default for rmsproptf: alpha 0.9, eps 1 (TuNAS)"
@@ -63,7 +65,7 @@ class OptimizerConfig(Section):
         ),
     )
     clip_norm: float | None = Field(
-        None, description="maximum global norm of the gradient; default: no clipping"
+        None, gt=0, le=1e9, description="maximum global norm of the gradient; default: no clipping"
     )
     inactive_weights: Literal["frozen", "decay"] = Field(
         "frozen",
@@ -161,6 +163,7 @@ class SupernetConfig(Section):
     proxy_depth: int | None = Field(
         None,
         ge=1,
+        le=1000,
         description="maximum number of slots (or cells) per stage during training; default: all",
     )
     proxy_width: float = Field(
@@ -169,6 +172,7 @@ class SupernetConfig(Section):
     proxy_resolution: int | None = Field(
         None,
         ge=8,
+        le=4096,
         description=(
             "height and width in pixels of the images during training; default: the full resolution"
             " (our extension)"
@@ -219,6 +223,7 @@ class SearchConfig(Section):
     target_ms: float | None = Field(
         None,
         gt=0,
+        le=1e9,
         description="latency budget in milliseconds; shorthand for a budget of kind 'latency'",
     )
     budget: Budget | None = Field(
@@ -251,8 +256,8 @@ class SearchConfig(Section):
     allow_uncalibrated: bool = Field(
         False, description="accept a latency table that was not calibrated on whole networks"
     )
-    epochs: float = Field(20, gt=0, description="epochs of training of the super-net")
-    batch_size: int = Field(64, ge=2, description="images per training step")
+    epochs: Epochs = Field(20, description="epochs of training of the super-net")
+    batch_size: BatchSize = Field(64, description="images per training step")
     optimizer: OptimizerConfig = OptimizerConfig()
     label_smoothing: float = Field(
         0.1, ge=0, lt=1, description="label smoothing of the training loss (classification)"
@@ -288,6 +293,7 @@ class SearchConfig(Section):
     )
     limits: tuple[Limit, ...] = Field(
         (),
+        max_length=100,
         description=(
             "further constraints, one [[search.limits]] each: other latency tables, macs, params,"
             " size_bytes, activation_bytes"
@@ -296,6 +302,7 @@ class SearchConfig(Section):
     candidates: int = Field(
         8,
         ge=1,
+        le=100_000,
         description=(
             "number of architectures in the final ranking by recalibrated held-out accuracy (or AP)"
         ),
@@ -303,14 +310,14 @@ class SearchConfig(Section):
     recalibration_images: int = Field(
         1024,
         ge=0,
+        le=10**9,
         description=(
             "training images that re-estimate BN statistics before each evaluation; 0: use tracked"
             " statistics (supernet.bn_track)"
         ),
     )
-    evaluation_images: int = Field(
+    evaluation_images: Images = Field(
         1000,
-        ge=1,
         description=(
             "held-out images on which a finder evaluates; the final ranking uses all of them"
         ),
@@ -318,6 +325,7 @@ class SearchConfig(Section):
     random_samples: int | None = Field(
         None,
         ge=0,
+        le=100_000,
         description=(
             "number of random architectures scored for comparison, once within the budget and once"
             " in the whole space; default: 4 to 8, so that they and the final ranking take at most"

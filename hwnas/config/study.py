@@ -4,11 +4,11 @@ and how a space is shrunk.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from hwnas.config.base import Plugin, Section
+from hwnas.config.base import Count, Epochs, Images, Plugin, Processes, Section
 from hwnas.config.search import OperationOn
 
 ScoreName = Literal[
@@ -85,28 +85,28 @@ class CompareConfig(Section):
 
     methods: tuple[MethodConfig, ...] = Field(
         (),
+        max_length=1000,
         description="names of strategies, or tables of strategy, name and search",
     )
     max_macs: int | None = Field(
         None,
         gt=0,
+        le=10**18,
         description=(
             "budget in multiply-accumulates if search.table is not set: architectures have at most"
             " this many, and at least (1 - tolerance) / (1 + tolerance) times as many, which is"
             " search.tolerance on either side of the target"
         ),
     )
-    standalone_epochs: float = Field(
+    standalone_epochs: Epochs = Field(
         50,
-        gt=0,
         description=(
             "epochs of each standalone training run that the truth comes from, which determine its"
             " cost; default: NAS-Bench-Macro's"
         ),
     )
-    standalone_images: int = Field(
+    standalone_images: Images = Field(
         50_000,
-        ge=1,
         description="images per epoch of these training runs; default: CIFAR-10's training images",
     )
 
@@ -138,6 +138,7 @@ class StudyConfig(Section):
     )
     accuracies: tuple[str, ...] = Field(
         (),
+        max_length=1000,
         description=(
             "columns (or JSON keys) of that file with the accuracies of repeated training runs;"
             " default: all whose name looks like an accuracy"
@@ -146,13 +147,15 @@ class StudyConfig(Section):
     architectures: int = Field(
         300,
         ge=2,
+        le=10_000_000,
         description=(
             "number of random architectures of that file to score; a larger sample contains the"
             " smaller ones"
         ),
     )
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
         (),
+        max_length=1000,
         description=(
             "seeds: rank trains a super-net with each (default: the seed of the experiment), and"
             " compare searches with each method and each of them"
@@ -160,6 +163,7 @@ class StudyConfig(Section):
     )
     supernets: tuple[str, ...] = Field(
         (),
+        max_length=1000,
         description=(
             "search folders of earlier runs, whose trained super-nets are used instead of training"
             " new ones"
@@ -168,10 +172,13 @@ class StudyConfig(Section):
     scores: tuple[ScoreName, ...] = Field(
         ("accuracy", "loss", "unrecalibrated", "angle", "macs", "params"),
         min_length=1,
+        max_length=100,
         description="scores to compute; see study/scores.py",
     )
     combinations: tuple[tuple[ScoreName, ...], ...] = Field(
-        (), description="sets of scores whose ranks are added up, such as accuracy and angle"
+        (),
+        max_length=1000,
+        description="sets of scores whose ranks are added up, such as accuracy and angle",
     )
     threshold: float = Field(
         0.001,
@@ -184,29 +191,32 @@ class StudyConfig(Section):
     base_epochs: float = Field(
         0,
         ge=0,
+        le=1_000_000,
         description=(
             "the angle is measured from the weights after this many epochs; 0: from the initial"
             " weights. AngleNAS on NAS-Bench-201: 391 steps"
         ),
     )
     top_k: int = Field(
-        10, ge=1, description="k of regret, P@k and the comparison with random search"
+        10,
+        ge=1,
+        le=10_000_000,
+        description="k of regret, P@k and the comparison with random search",
     )
     bootstrap: int = Field(
         1000,
         ge=10,
+        le=1_000_000,
         description="bootstrap resamples (of architectures or seeds) for confidence intervals",
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
     compare: CompareConfig = CompareConfig()
-    processes: int = Field(
+    processes: Processes = Field(
         1,
-        ge=1,
         description="concurrent training runs on this computer; 1: in the process of the command",
     )
-    threads: int | None = Field(
+    threads: Processes | None = Field(
         None,
-        ge=1,
         description=(
             "threads of each training run, which affect the last bits of its results; default: 1,"
             " or torch's default if a study has a single run"
@@ -219,7 +229,9 @@ class StudyConfig(Section):
             " default: this computer"
         ),
     )
-    ray_gpus: float = Field(0, ge=0, description="GPUs of the cluster for each training run")
+    ray_gpus: float = Field(
+        0, ge=0, le=1024, description="GPUs of the cluster for each training run"
+    )
 
     @model_validator(mode="after")
     def _check_study(self) -> Self:
@@ -259,25 +271,25 @@ class ShrinkConfig(Section):
     metrics: tuple[str, ...] = Field(
         ("angle",),
         min_length=1,
+        max_length=100,
         description="metrics that score operators: angle, accuracy, magnitude, random",
     )
-    samples: int = Field(
+    samples: Count = Field(
         1000,
-        ge=1,
         description="minimum number of sampled architectures per operator, if that many exist",
     )
-    evaluated_samples: int | None = Field(
+    evaluated_samples: Count | None = Field(
         None,
-        ge=1,
         description=(
             "the same number for metrics that evaluate architectures on images, such as accuracy"
             " (ours); default: samples"
         ),
     )
-    tries: int = Field(100, ge=1, description="draw at most `tries` x `samples` architectures")
+    tries: Count = Field(100, description="draw at most `tries` x `samples` architectures")
     max_macs: float | None = Field(
         None,
         gt=0,
+        le=1e18,
         description="maximum multiply-accumulates of a sampled architecture",
     )
     sampling: Literal["architectures", "depths"] = Field(
@@ -294,22 +306,25 @@ class ShrinkConfig(Section):
             " each: the lowest of every choice (FairNAS)"
         ),
     )
-    dropped: int = Field(
-        7, ge=1, description="number of operators dropped in each round with drop = 'lowest'"
+    dropped: Count = Field(
+        7, description="number of operators dropped in each round with drop = 'lowest'"
     )
-    keep: int = Field(1, ge=1, description="minimum number of options left in every choice")
+    keep: Count = Field(1, description="minimum number of options left in every choice")
     until: int = Field(
-        1_000_000, ge=1, description="stop when the space has at most this many architectures"
+        1_000_000,
+        ge=1,
+        le=10**18,
+        description="stop when the space has at most this many architectures",
     )
-    first_epochs: float = Field(
+    first_epochs: Epochs = Field(
         100,
-        gt=0,
         description="epochs of training before the first drop, which all metrics share",
     )
-    epochs: float = Field(5, gt=0, description="epochs of training before each further drop")
+    epochs: Epochs = Field(5, description="epochs of training before each further drop")
     base_epochs: float = Field(
         0,
         ge=0,
+        le=1_000_000,
         description=(
             "angle: epochs of the first training after which the weights become W0, which angles"
             " are measured from; 0: the initial weights (AngleNAS on DARTS's cells: 5)"
@@ -318,6 +333,7 @@ class ShrinkConfig(Section):
     refresh_after: int | None = Field(
         50,
         ge=0,
+        le=10_000_000,
         description=(
             "angle: the current weights replace W0, once, when more than this many operators have"
             " been dropped"
@@ -325,16 +341,20 @@ class ShrinkConfig(Section):
     )
     operation_on: tuple[OperationOn, ...] = Field(
         (),
+        max_length=1000,
         description=(
             "search.supernet.operation_on of each round; later rounds use the last one. Fewer"
             " operators allow less sharing (PWSNAS)"
         ),
     )
     alpha_lr: float = Field(
-        3e-4, gt=0, description="magnitude: learning rate of Adam for alpha (DARTS)"
+        3e-4, gt=0, le=1e6, description="magnitude: learning rate of Adam for alpha (DARTS)"
     )
     alpha_every: int = Field(
-        1, ge=1, description="magnitude: training steps of the weights per step of alpha (ours)"
+        1,
+        ge=1,
+        le=1_000_000,
+        description="magnitude: training steps of the weights per step of alpha (ours)",
     )
 
     @model_validator(mode="after")

@@ -16,11 +16,23 @@ from pydantic import (
     model_validator,
 )
 
-from hwnas.config.base import Section, with_defaults
+from hwnas.config.base import (
+    BatchSize,
+    Epochs,
+    Images,
+    Processes,
+    Rounds,
+    Section,
+    Weight,
+    with_defaults,
+)
 from hwnas.config.formats import Format, check_dtype, check_runtime
 from hwnas.config.search import OptimizerConfig
 from hwnas.core.detector import PostProcessing, Scores
 from hwnas.core.ssdlite import EXTRAS
+
+OptionNumber: TypeAlias = Annotated[int, Field(ge=0, le=1_000_000)]
+"""An option that is a number: a width, a depth or a resolution."""
 
 
 class SpaceConfig(Section):
@@ -30,15 +42,22 @@ class SpaceConfig(Section):
         "mobile32", description="name of a built-in space, or path of a space document (.json)"
     )
     act: str | None = Field(None, description="activation function, for spaces that do not fix it")
-    restrict: dict[str, tuple[str | int, ...]] = Field(
+    restrict: dict[str, tuple[str | OptionNumber, ...]] = Field(
         {}, description="options to keep, by choice, for instance {resolution = [224]}"
     )
     width: float = Field(
-        1.0, gt=0, description="factor of all channel counts, which are rounded to multiples of 8"
+        1.0,
+        gt=0,
+        le=16,
+        description="factor of all channel counts, which are rounded to multiples of 8",
     )
     layers: int | None = Field(
-        None, ge=3, description="total number of cells, for spaces of DARTS's cells"
+        None, ge=3, le=200, description="total number of cells, for spaces of DARTS's cells"
     )
+
+
+CoreIndex: TypeAlias = Annotated[int, Field(ge=0, lt=8192)]
+"""The index of a core. Linux numbers at most 8192."""
 
 
 class DeviceConfig(Section):
@@ -53,16 +72,21 @@ class DeviceConfig(Section):
     dtype: Annotated[str, AfterValidator(check_dtype)] = Field(
         "fp32", description="number format: fp32, int8 (litert only), or that of a target plug-in"
     )
-    threads: int = Field(1, ge=1, description="threads of the runtime")
-    cores: tuple[int, ...] | None = Field(
+    threads: Processes = Field(1, description="threads of the runtime")
+    cores: tuple[CoreIndex, ...] | None = Field(
         None,
-        description="indices of the cores to run on; default: the last `threads` cores",
+        max_length=8192,
+        description=(
+            "indices of the cores to pin the runtime to; default: the last `threads` cores, on a"
+            " phone the fastest; []: do not pin, for devices that cannot (no taskset, cores that"
+            " are switched off); times then spread more"
+        ),
     )
 
     @model_validator(mode="after")
     def _check_cores(self) -> Self:
         # two threads on one core would measure the scheduler
-        if self.cores is not None and len(set(self.cores)) < self.threads:
+        if self.cores and len(set(self.cores)) < self.threads:
             raise ValueError(
                 f"device.cores names {len(set(self.cores))} cores for {self.threads} threads; name"
                 " at least one per thread"
@@ -87,6 +111,12 @@ GREY_STD = (0.226,)
 """
 
 
+Shade: TypeAlias = Annotated[float, Field(ge=-1000, le=1000)]
+"""A mean or a standard deviation of images that are scaled to 0..1, or to 0..255 in
+other programs.
+"""
+
+
 class DataConfig(Section):
     """The images and labels. ``classes``, ``channels`` and ``resolution`` also
     determine the shape of the network.
@@ -100,12 +130,13 @@ class DataConfig(Section):
         None, description="file or folder of the images; may be relative or begin with ~"
     )
     resolution: int = Field(
-        32, ge=8, description="height and width of the network's input in pixels"
+        32, ge=8, le=4096, description="height and width of the network's input in pixels"
     )
     channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for colour images")
     classes: int = Field(
         10,
         ge=1,
+        le=100_000,
         description=(
             "number of classes: at least 2 for images; at least 1 for objects, the background not"
             " counted; default: counted in the training images"
@@ -117,14 +148,14 @@ class DataConfig(Section):
         lt=1,
         description="fraction of the training images kept for rewards and rankings of the search",
     )
-    mean: tuple[float, ...] = Field(
+    mean: tuple[Shade, ...] = Field(
         (0.485, 0.456, 0.406),
         description=(
             "subtracted per channel from images scaled to 0..1; default: ImageNet's mean, for grey"
             " images its average over the colours"
         ),
     )
-    std: tuple[float, ...] = Field(
+    std: tuple[Shade, ...] = Field(
         (0.229, 0.224, 0.225),
         description="divisor per channel of images scaled to 0..1; default: as for mean",
     )
@@ -162,7 +193,28 @@ class DataConfig(Section):
         ),
     )
     workers: int = Field(
-        0, ge=0, description="processes that load images; 0: the training process loads them"
+        0,
+        ge=0,
+        le=1024,
+        description="processes that load images; 0: the training process loads them",
+    )
+    unreadable: Literal["fail", "skip"] = Field(
+        "fail",
+        description=(
+            "images that do not decode. fail: list them and stop before work begins; skip: leave"
+            " them out, and list them in the run folder and the report"
+        ),
+    )
+    skip: tuple[str, ...] = Field(
+        (),
+        description=(
+            "images to leave out, as paths relative to data.path. In training, another image of"
+            " the split takes the place of each; the test split is evaluated without them"
+        ),
+    )
+    allow_outside: bool = Field(
+        False,
+        description="for coco: whether file names may lead out of the folder of the images",
     )
 
     @model_validator(mode="wrap")
@@ -270,7 +322,7 @@ class ProfileConfig(Section):
             " the entries of the table are fitted"
         ),
     )
-    networks: Annotated[int, Field(ge=3)] | tuple[str, ...] = Field(
+    networks: Annotated[int, Field(ge=3, le=100_000)] | tuple[str, ...] = Field(
         SAMPLED,
         description=(
             "a number: how many sampled networks mode 'networks' measures. Names, as in train.arch:"
@@ -280,22 +332,21 @@ class ProfileConfig(Section):
     )
     prior: tuple[str, ...] = Field(
         (),
+        max_length=1000,
         description=(
             "mode networks: latency tables of the space for other devices, which the fit starts"
             " from in addition to a roofline model"
         ),
     )
-    rounds: int = Field(
+    rounds: Rounds = Field(
         7,
-        ge=1,
         description=(
             "passes over all measurements, in random order; an entry is the median of its medians"
             " per pass"
         ),
     )
-    max_rounds: int = Field(
+    max_rounds: Rounds = Field(
         15,
-        ge=1,
         description=(
             "noisy entries are measured again up to this total number of rounds, then flagged"
         ),
@@ -303,21 +354,31 @@ class ProfileConfig(Section):
     max_spread: float = Field(
         0.10,
         gt=0,
+        le=1000,
         description=(
             "spread between rounds (interquartile range / median) above which an entry counts as"
             " noisy"
         ),
     )
     min_ms: float = Field(
-        20.0, gt=0, description="minimum time per model and round, in milliseconds"
+        20.0,
+        gt=0,
+        le=3_600_000,
+        description="minimum time per model and round, in milliseconds",
     )
-    min_runs: int = Field(5, ge=1, description="minimum number of runs per model and round")
+    min_runs: int = Field(
+        5, ge=1, le=1_000_000, description="minimum number of runs per model and round"
+    )
     fit_networks: int = Field(
-        12, ge=0, description="number of whole networks that the calibration is fitted to"
+        12,
+        ge=0,
+        le=100_000,
+        description="number of whole networks that the calibration is fitted to",
     )
     test_networks: int = Field(
         8,
         ge=0,
+        le=100_000,
         description="number of whole networks, not used in the fit, that test the calibration",
     )
 
@@ -341,8 +402,8 @@ class DetectorConfig(Section):
     0.6, detections = 100}``; configs/experiments/coco.toml has its whole recipe.
     """
 
-    extras: tuple[Annotated[int, Field(ge=2)], ...] = Field(
-        EXTRAS, description="output channels of the layers after the backbone"
+    extras: tuple[Annotated[int, Field(ge=2, le=2**16)], ...] = Field(
+        EXTRAS, max_length=100, description="output channels of the layers after the backbone"
     )
     scores: Scores = Field(
         "softmax",
@@ -379,8 +440,8 @@ class TrainConfig(Section):
             " initialise the backbone"
         ),
     )
-    epochs: float = Field(30, gt=0, description="epochs of training")
-    batch_size: int = Field(64, ge=2, description="images per training step")
+    epochs: Epochs = Field(30, description="epochs of training")
+    batch_size: BatchSize = Field(64, description="images per training step")
     optimizer: OptimizerConfig = OptimizerConfig()
     bn_momentum: float = Field(
         0.1,
@@ -409,6 +470,7 @@ class TrainConfig(Section):
     validate_every: float | None = Field(
         None,
         ge=0,
+        le=1_000_000,
         description=(
             "epochs between evaluations on test images (at most 2,000; 500 for detectors). They"
             " select nothing: the last weights are kept. 0: no evaluations; default: ten in the"
@@ -433,18 +495,18 @@ class ExportConfig(Section):
     formats: tuple[Format, ...] | None = Field(
         None,
         min_length=1,
+        max_length=100,
         description=(
             "files to write, including those of target plug-ins by name; default: tflite-fp32,"
             " tflite-int8 and onnx, and for detectors also those with NMS in the graph: onnx-nms,"
             " tflite-fp32-tasks and tflite-int8-tasks (TFLite_Detection_PostProcess)"
         ),
     )
-    calibration_images: int = Field(
-        128, ge=1, description="training images from which the int8 ranges are estimated"
+    calibration_images: Images = Field(
+        128, description="training images from which the int8 ranges are estimated"
     )
-    parity_images: int = Field(
+    parity_images: Images = Field(
         64,
-        ge=1,
         description=(
             "test images on which the outputs of each file are compared; stored in the bundle"
         ),
@@ -467,6 +529,14 @@ class ExportConfig(Section):
             " the other half evaluates it"
         ),
     )
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        formats = self.formats or ()
+        twice = [name for name in formats if formats.count(name) > 1]
+        if twice:
+            raise ValueError(f"export.formats has {twice[0]!r} twice; give each format once")
+        return self
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -492,6 +562,7 @@ class ValidateConfig(Section):
     latency_tolerance: float = Field(
         0.05,
         gt=0,
+        le=1_000_000,
         description=(
             "maximum relative difference between measured and predicted latency, for files with the"
             " runtime and number format of the table"
@@ -500,6 +571,7 @@ class ValidateConfig(Section):
     max_drift: float = Field(
         0.25,
         gt=0,
+        le=1_000_000,
         description=(
             "maximum relative change of the device's speed since it was profiled; beyond it, the"
             " device has to be profiled again"
@@ -508,24 +580,28 @@ class ValidateConfig(Section):
     parity_tolerance: float = Field(
         1e-4,
         gt=0,
+        le=1_000_000,
         description=(
             "maximum difference between outputs of float files and PyTorch's, relative to the"
             " largest output; for detectors, as a fraction of the input size or of a score"
         ),
     )
     accuracy_tolerance: float = Field(
-        0.002, ge=0, description="largest drop in top-1 (0 to 1) of float files against PyTorch"
+        0.002,
+        ge=0,
+        le=1,
+        description="largest drop in top-1 (0 to 1) of float files against PyTorch",
     )
     int8_accuracy_tolerance: float = Field(
-        0.02, ge=0, description="largest drop in top-1 (0 to 1) of int8 files against PyTorch"
+        0.02, ge=0, le=1, description="largest drop in top-1 (0 to 1) of int8 files against PyTorch"
     )
     ap_tolerance: float = Field(
-        0.005, ge=0, description="largest drop in AP (0 to 1) of float files against PyTorch"
+        0.005, ge=0, le=1, description="largest drop in AP (0 to 1) of float files against PyTorch"
     )
     int8_ap_tolerance: float = Field(
-        0.03, ge=0, description="largest drop in AP (0 to 1) of int8 files against PyTorch"
+        0.03, ge=0, le=1, description="largest drop in AP (0 to 1) of int8 files against PyTorch"
     )
-    images: int | None = Field(None, ge=1, description="number of test images to use; default: all")
+    images: Images | None = Field(None, description="number of test images to use; default: all")
     app_score: float = Field(
         0.3,
         gt=0,
@@ -536,9 +612,8 @@ class ValidateConfig(Section):
             " threshold"
         ),
     )
-    rounds: int = Field(
+    rounds: Rounds = Field(
         7,
-        ge=1,
         description=(
             "interleaved passes of timing over the files; up to twice as many while they are noisy"
         ),
@@ -546,11 +621,12 @@ class ValidateConfig(Section):
     max_spread: float = Field(
         0.10,
         gt=0,
+        le=1000,
         description=(
             "spread between rounds (interquartile range / median) above which a file is timed again"
         ),
     )
-    tolerances: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    tolerances: dict[str, Weight] = Field(
         {},
         description=(
             "largest drops in metrics without their own key: the name of the metric, or 'int8"

@@ -27,11 +27,8 @@ def columns(rows: Iterable[tuple[str, ...]]) -> str:
     """Rows of equally many cells as left-aligned columns, two spaces apart."""
     table = list(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    layout = "  ".join(f"{{:{width}}}" for width in widths)
+    return "\n".join([layout.format(*row).rstrip() for row in table])
 
 
 def format_count(number: int) -> str:

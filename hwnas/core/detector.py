@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hwnas.core.ops import ExtraLayer, Op, OpKey, SSDPredictor
+from hwnas.core.settings import Settings
 
 Scores = Literal["softmax", "sigmoid"]
 """How logits become scores; see ``Detector``."""
@@ -135,7 +136,7 @@ def _check_input(name: str, op: Op, source: Op) -> None:
         )
 
 
-class PostProcessing(BaseModel):
+class PostProcessing(Settings):
     """Settings for turning scored boxes into detections.
 
     For each class, the best ``candidates`` boxes with a score above ``min_score`` go
@@ -144,9 +145,7 @@ class PostProcessing(BaseModel):
     has 1e-8, 100, 0.6 and 100.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     min_score: float = Field(default=0.001, ge=0, lt=1)
-    candidates: int = Field(default=300, gt=0)
+    candidates: int = Field(default=300, gt=0, le=1_000_000)
     nms_iou: float = Field(default=0.55, ge=0, le=1)
-    detections: int = Field(default=300, gt=0)
+    detections: int = Field(default=300, gt=0, le=1_000_000)

@@ -37,13 +37,14 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import BYTES, CostModel, Dtype, UnitName
 from hwnas.core.graph import live_numbers
 from hwnas.core.ops import Op
+from hwnas.core.settings import Settings
 from hwnas.core.space import Option, SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TargetError
@@ -142,18 +143,19 @@ class Compiled:
         return self.additive_cost, self.most
 
 
+MOST = 10**18
+"""The largest count. It is far beyond any network, and fits into 64 bits."""
+
 Count = Annotated[int | float, Field(union_mode="left_to_right")]
 """A count. Whole numbers become integers, however they are written; computed targets
 may have a fraction.
 """
 
 
-class _Limit(BaseModel):
-    """A maximum, or the target of ``search.budget``. Only the latter may leave its
-    number open, for ``search.target_range``.
+class _Limit(Settings):
+    """A maximum, or the target of ``search.budget``. Only the latter may leave its number
+    open, for ``search.target_range``.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     FIELD: ClassVar[str]
     UNIT: ClassVar[UnitName]
@@ -195,7 +197,7 @@ class LatencyLimit(_Limit):
 
     kind: Literal["latency"]
     table: str | None = Field(None, description="path of a latency table; of a limit")
-    max_ms: float | None = Field(None, gt=0)
+    max_ms: float | None = Field(None, gt=0, le=1e9)
 
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
@@ -225,7 +227,7 @@ class MacsLimit(_Limit):
 
     kind: Literal["macs"]
     max_macs: Count | None = Field(
-        None, gt=0, description="multiply-accumulates, not millions of them"
+        None, gt=0, le=MOST, description="multiply-accumulates, not millions of them"
     )
 
     def cost(
@@ -242,7 +244,9 @@ class ParamsLimit(_Limit):
     UNIT: ClassVar[UnitName] = "params"
 
     kind: Literal["params"]
-    max_params: int | None = Field(None, gt=0, description="parameters, not millions of them")
+    max_params: int | None = Field(
+        None, gt=0, le=MOST, description="parameters, not millions of them"
+    )
 
     def cost(
         self, space: SearchSpace, table: LatencyTable | None, allow_uncalibrated: bool
@@ -258,7 +262,7 @@ class SizeLimit(_Limit):
     UNIT: ClassVar[UnitName] = "size_bytes"
 
     kind: Literal["size_bytes"]
-    max_bytes: int | None = Field(None, gt=0)
+    max_bytes: int | None = Field(None, gt=0, le=MOST)
     dtype: Dtype = "fp32"
 
     def cost(
@@ -274,7 +278,7 @@ class ActivationLimit(_Limit):
     FIELD: ClassVar[str] = "max_bytes"
 
     kind: Literal["activation_bytes"]
-    max_bytes: int | None = Field(None, gt=0)
+    max_bytes: int | None = Field(None, gt=0, le=MOST)
     dtype: Dtype = "fp32"
 
     def cost(

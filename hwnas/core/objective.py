@@ -45,8 +45,9 @@ import math
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from hwnas.core.settings import Settings
 from hwnas.errors import TargetError
 
 MICROSECOND_MS = 1e-3
@@ -192,26 +193,22 @@ def _log(latency_ms: Any, unit_ms: float) -> Any:
     return units.log() if hasattr(units, "log") else np.log(units)
 
 
-class _Objective(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AbsoluteObjective(_Objective):
+class AbsoluteObjective(Settings):
     """TuNAS's absolute reward."""
 
     name: Literal["absolute"] = "absolute"
-    beta: float = Field(default=-0.10, le=0)
+    beta: float = Field(default=-0.10, ge=-1000, le=0)
 
     def reward(self, quality: float, cost: float, target: float) -> float:
         """Reward of an architecture; higher is better."""
         return absolute(quality, cost, target, self.beta)
 
 
-class MnasObjective(_Objective):
+class MnasObjective(Settings):
     """MnasNet's rewards: soft (``mnas``) and hard (``mnas_hard``)."""
 
     name: Literal["mnas", "mnas_hard"]
-    beta: float = Field(default=-0.07, le=0)
+    beta: float = Field(default=-0.07, ge=-1000, le=0)
 
     def reward(self, quality: float, cost: float, target: float) -> float:
         """Reward of an architecture; higher is better."""
@@ -219,13 +216,13 @@ class MnasObjective(_Objective):
         return formula(quality, cost, target, self.beta)
 
 
-class PenalisedObjective(_Objective):
+class PenalisedObjective(Settings):
     """NNI's general form as a reward, so ``scale`` is negative."""
 
     name: Literal["penalised"]
     nonlinear: Nonlinear = "absolute"
     aggregate: Literal["add", "mul"] = "add"
-    scale: float = Field(default=-0.10, le=0)
+    scale: float = Field(default=-0.10, ge=-1000, le=0)
 
     def reward(self, quality: float, cost: float, target: float) -> float:
         """Reward of an architecture; higher is better."""

@@ -5,11 +5,11 @@ well the ops of a network add up to its latency.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from hwnas.core.ops import Op
+from hwnas.core.ops import Op, check_key
 from hwnas.document import Document, Record
 
 
@@ -33,6 +33,10 @@ class TableHeader(Record):
     space: str
 
 
+NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
+AtLeastOne: TypeAlias = Annotated[int, Field(ge=1)]
+
+
 class Entry(Record):
     """One op's latency in milliseconds.
 
@@ -43,15 +47,25 @@ class Entry(Record):
     """
 
     ms: float = Field(ge=0)
-    p10_ms: float | Literal["unknown"] = "unknown"
-    p90_ms: float | Literal["unknown"] = "unknown"
-    runs: int | Literal["unknown"] = "unknown"
-    rounds: int | Literal["unknown"] = "unknown"
-    spread: float | Literal["unknown"] = "unknown"
+    p10_ms: NotNegative | Literal["unknown"] = "unknown"
+    p90_ms: NotNegative | Literal["unknown"] = "unknown"
+    runs: AtLeastOne | Literal["unknown"] = "unknown"
+    rounds: AtLeastOne | Literal["unknown"] = "unknown"
+    spread: NotNegative | Literal["unknown"] = "unknown"
     noisy: bool = False
     delegated: bool | Literal["unknown"] = Field(
         "unknown", description="LiteRT: whether the delegate (XNNPACK) took the whole op"
     )
+
+    @field_validator("p90_ms")
+    @classmethod
+    def _in_order(cls, value: float | str, info: ValidationInfo) -> float | str:
+        # ``ms`` may be outside of both: rounds differ in their number of runs, and a slow
+        # round with few runs counts as much as a fast one with many.
+        p10_ms = info.data.get("p10_ms")
+        if isinstance(value, float) and isinstance(p10_ms, float) and p10_ms > value:
+            raise ValueError(f"it is below p10_ms = {p10_ms:g}; correct them, or profile again")
+        return value
 
 
 class HeldOutErrors(Record):
@@ -59,13 +73,13 @@ class HeldOutErrors(Record):
     not fitted on.
     """
 
-    networks: int
-    mape: float = Field(description="mean absolute percentage error, as a fraction")
-    max_error: float = Field(description="largest absolute percentage error, as a fraction")
+    networks: int = Field(ge=0)
+    mape: float = Field(ge=0, description="mean absolute percentage error, as a fraction")
+    max_error: float = Field(ge=0, description="largest absolute percentage error, as a fraction")
     spearman: float | None = Field(
         description="rank correlation; none for fewer than three networks, or all alike"
     )
-    raw_mape: float = Field(description="the error of the uncalibrated sum of entries")
+    raw_mape: float = Field(ge=0, description="the error of the uncalibrated sum of entries")
     pairs: tuple[tuple[float, float], ...] = Field(
         description="(predicted, measured) milliseconds per network"
     )
@@ -100,9 +114,11 @@ class Calibration(Record):
         alias="cold_cap_mvalues",
         description="million values that the cache holds; none: no cap",
     )
-    networks: int = Field(description="how many networks it was fitted on")
+    networks: int = Field(ge=0, description="how many networks it was fitted on")
     noisy_networks: int = Field(
-        0, description="networks above the allowed spread; left out where three quiet ones remain"
+        0,
+        ge=0,
+        description="networks above the allowed spread; left out where three quiet ones remain",
     )
     held_out: HeldOutErrors | None = None
 
@@ -153,7 +169,7 @@ class LatencyTable(Document):
     @model_validator(mode="after")
     def _keys(self) -> Self:
         for key in self.entries:
-            Op.parse(key)  # raises SpaceError if it is not a key
+            check_key(key)
         if not self.entries and not self.slots:
             raise ValueError("a table needs entries or slots")
         return self

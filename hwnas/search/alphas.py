@@ -108,8 +108,8 @@ class Alphas:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from ``state_dict``."""
         with torch.no_grad():
-            for key, alpha in state["values"].items():
-                self.values[key].copy_(alpha)
+            for key, alpha in self.values.items():
+                alpha.copy_(state["values"][key])
         # the engine loads all tensors to its own device
-        self.kept = {key: kept.cpu() for key, kept in state["kept"].items()}
+        self.kept = {key: state["kept"][key].cpu() for key in self.kept}
         self.optimizer.load_state_dict(state["optimizer"])

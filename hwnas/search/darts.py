@@ -50,9 +50,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.core.objective import penalised
 from hwnas.core.space import SearchSpace
@@ -62,19 +63,24 @@ from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 
-class DARTSConfig(BaseModel):
+class DARTSConfig(Section):
     """DARTS's constants; the defaults are the paper's unless marked as ours."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     order: Literal[1, 2] = Field(
         2, description="order of the architecture gradient; 2 costs 2.5 times as much per step as 1"
     )
-    alpha_lr: float = Field(3e-4, gt=0, description="learning rate of alpha (Adam)")
-    alpha_weight_decay: float = Field(1e-3, ge=0, description="weight decay of alpha (Adam)")
-    init_std: float = Field(1e-3, ge=0, description="standard deviation of the initial alpha")
+    alpha_lr: float = Field(3e-4, gt=0, le=1e6, description="learning rate of alpha (Adam)")
+    alpha_weight_decay: float = Field(
+        1e-3, ge=0, le=1e6, description="weight decay of alpha (Adam)"
+    )
+    init_std: float = Field(
+        1e-3, ge=0, le=1e6, description="standard deviation of the initial alpha"
+    )
     latency_weight: float = Field(
-        1.0, ge=0, description="weight of |E[latency] / target - 1| in the loss of alpha (ours)"
+        1.0,
+        ge=0,
+        le=1e6,
+        description="weight of |E[latency] / target - 1| in the loss of alpha (ours)",
     )
     warmup: float = Field(
         0.0, ge=0, lt=1, description="fraction of the steps that train only the weights (ours)"

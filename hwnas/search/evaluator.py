@@ -136,8 +136,10 @@ class SupernetEvaluator:
         if old_path.exists() and not path.exists():
             old_path.rename(path)
         self._file = JsonLines(path)
-        rows = [row for row in self._file.read() if "quality" in row]
-        self._known = {row["blocks"]: row["quality"] for row in rows}
+        self._known = {}
+        for row in self._file.read(numbers=("quality",)):
+            if isinstance(row.get("blocks"), str):
+                self._known[row["blocks"]] = row["quality"]
 
     def forget(self) -> None:
         """Drop cached evaluations, because the weights have changed."""

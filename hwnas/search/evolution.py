@@ -40,8 +40,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.search.budget import repair
 from hwnas.search.finder import Finder, Leaderboard
@@ -52,18 +53,24 @@ TRIES = 10
 """Most children drawn for each child needed."""
 
 
-class EvolutionConfig(BaseModel):
+class EvolutionConfig(Section):
     """SPOS's settings; the module docstring has those of once-for-all."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     generations: int = Field(
-        20, ge=1, description="populations evaluated, including the random first one"
+        20, ge=1, le=1_000_000, description="populations evaluated, including the random first one"
     )
-    population: int = Field(50, ge=1, description="random architectures in the first generation")
-    parents: int = Field(10, ge=1, description="number of best architectures that have children")
-    mutations: int = Field(25, ge=0, description="children by mutation in each later generation")
-    crossovers: int = Field(25, ge=0, description="children by crossover in each later generation")
+    population: int = Field(
+        50, ge=1, le=1_000_000, description="random architectures in the first generation"
+    )
+    parents: int = Field(
+        10, ge=1, le=1_000_000, description="number of best architectures that have children"
+    )
+    mutations: int = Field(
+        25, ge=0, le=1_000_000, description="children by mutation in each later generation"
+    )
+    crossovers: int = Field(
+        25, ge=0, le=1_000_000, description="children by crossover in each later generation"
+    )
     mutation_probability: float = Field(
         0.1, gt=0, le=1, description="probability per choice that a mutation redraws it"
     )

@@ -45,9 +45,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.core.objective import MICROSECOND_MS, fbnet, penalised
 from hwnas.core.space import SearchSpace
@@ -60,34 +61,40 @@ EPOCHS = 90
 """Length of the paper's search in epochs: the unit of its temperature and warm-up."""
 
 
-class FBNetConfig(BaseModel):
+class FBNetConfig(Section):
     """FBNet's constants; the defaults are the paper's unless said otherwise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    theta_lr: float = Field(0.01, gt=0, description="learning rate of the architecture parameters")
-    theta_weight_decay: float = Field(5e-4, ge=0, description="weight decay of theta (Adam)")
-    theta_every: int = Field(4, ge=1, description="weight steps per theta step")
+    theta_lr: float = Field(
+        0.01, gt=0, le=1e6, description="learning rate of the architecture parameters"
+    )
+    theta_weight_decay: float = Field(
+        5e-4, ge=0, le=1e6, description="weight decay of theta (Adam)"
+    )
+    theta_every: int = Field(4, ge=1, le=1_000_000, description="weight steps per theta step")
     warmup: float = Field(
         10 / EPOCHS, ge=0, lt=1, description="fraction of the steps that train only the weights"
     )
-    temperature: float = Field(5.0, gt=0, description="temperature at the start of the search")
+    temperature: float = Field(
+        5.0, gt=0, le=1e6, description="temperature at the start of the search"
+    )
     annealing: float = Field(
         0.045,
         ge=0,
+        le=1e6,
         description="every 1/90 of the search multiplies the temperature by exp(-annealing)",
     )
     latency_loss: Literal["fbnet", "absolute"] = Field(
         "fbnet", description="the paper's loss, or one with a target (ours)"
     )
     latency_weight: float = Field(
-        0.3, ge=0, description="weight of |LAT / target - 1| in the absolute loss (ours)"
+        0.3, ge=0, le=1e6, description="weight of |LAT / target - 1| in the absolute loss (ours)"
     )
-    alpha: float = Field(0.2, gt=0, description="factor of the fbnet loss")
-    beta: float = Field(0.6, ge=0, description="exponent of log LAT in the fbnet loss")
+    alpha: float = Field(0.2, gt=0, le=1e6, description="factor of the fbnet loss")
+    beta: float = Field(0.6, ge=0, le=1e6, description="exponent of log LAT in the fbnet loss")
     unit_ms: float = Field(
         MICROSECOND_MS,
         gt=0,
+        le=1e6,
         description=(
             "unit of the latency in the fbnet loss's logarithm, in ms (for counts: in millions);"
             " must be below every latency of the space"

@@ -34,8 +34,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from hwnas.config import Section
 from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Picks
 from hwnas.search.finder import Finder, Leaderboard
@@ -43,13 +44,13 @@ from hwnas.search.proposal import is_feasible, sample_feasible
 from hwnas.search.strategy import SearchContext
 
 
-class NSGA2Config(BaseModel):
+class NSGA2Config(Section):
     """The size of the run: Optuna's default population; the generations are ours."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    generations: int = Field(40, ge=1, description="populations, including the random first one")
-    population: int = Field(50, ge=2, description="architectures per generation")
+    generations: int = Field(
+        40, ge=1, le=1_000_000, description="populations, including the random first one"
+    )
+    population: int = Field(50, ge=2, le=1_000_000, description="architectures per generation")
 
 
 class NSGA2(Finder):

@@ -51,7 +51,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class PDARTSConfig(DARTSConfig):
     order: Literal[1, 2] = Field(
         1, description="order of the architecture gradient; 2 costs 2.5 times as much per step as 1"
     )
-    alpha_lr: float = Field(6e-4, gt=0, description="learning rate of alpha (Adam)")
+    alpha_lr: float = Field(6e-4, gt=0, le=1e6, description="learning rate of alpha (Adam)")
     warmup: float = Field(
         0.4,
         ge=0,
@@ -88,6 +88,7 @@ class PDARTSConfig(DARTSConfig):
     keep: tuple[float, ...] = Field(
         (1.0, 5 / 8, 3 / 8),
         min_length=1,
+        max_length=100,
         description="fraction of a slot's options that each stage keeps",
     )
     dropout: tuple[float, ...] = Field(
@@ -96,13 +97,15 @@ class PDARTSConfig(DARTSConfig):
     max_skips: int | None = Field(
         None,
         ge=0,
+        le=1_000_000,
         description=(
             "most skips in a proposal: by default 2 in a normal cell; elsewhere a quarter of the"
             " slots that offer one (ours)"
         ),
     )
-    cells: tuple[int, ...] = Field(
+    cells: tuple[Annotated[int, Field(le=1000)], ...] = Field(
         (1, 3, 5),
+        max_length=100,
         description="on cells: normal cells between reductions per stage; 5, 11, 17 cells in all",
     )
 

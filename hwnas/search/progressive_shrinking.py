@@ -63,7 +63,7 @@ from hwnas.search.evolution import Evolution, EvolutionConfig
 from hwnas.search.proposal import one_hot
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
-Share = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1e6)]
 """Part of the steps, relative to the shares of the other phases."""
 
 

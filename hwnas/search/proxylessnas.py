@@ -73,9 +73,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.core.objective import add_linear, mul_log, penalised, proxylessnas_reward
 from hwnas.core.option import SKIP
@@ -88,10 +89,8 @@ JOINT_EPOCHS = 120
 """The paper's epochs of joint training; alpha is not updated in the first of them."""
 
 
-class ProxylessNASConfig(BaseModel):
+class ProxylessNASConfig(Section):
     """ProxylessNAS's constants; the defaults are the code's unless marked as ours."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     gradient: Literal["gates", "reinforce"] = Field(
         "gates", description="how alpha is trained: through binary gates or by REINFORCE"
@@ -99,8 +98,10 @@ class ProxylessNASConfig(BaseModel):
     mode: Literal["two", "full"] = Field(
         "two", description="options per choice that an architecture step runs: a pair or all"
     )
-    alpha_lr: float = Field(1e-3, gt=0, description="learning rate of the architecture parameters")
-    arch_every: int = Field(5, ge=1, description="weight steps per architecture step")
+    alpha_lr: float = Field(
+        1e-3, gt=0, le=1e6, description="learning rate of the architecture parameters"
+    )
+    arch_every: int = Field(5, ge=1, le=1_000_000, description="weight steps per architecture step")
     warmup: float = Field(
         0.25, ge=0, lt=1, description="fraction of the steps that train only the weights"
     )
@@ -108,20 +109,21 @@ class ProxylessNASConfig(BaseModel):
         "absolute", description="the paper has mul_log and add_linear"
     )
     latency_weight: float = Field(
-        0.3, ge=0, description="weight of |E[lat] / target - 1| in the absolute loss (ours)"
+        0.3, ge=0, le=1e6, description="weight of |E[lat] / target - 1| in the absolute loss (ours)"
     )
-    add_linear_lambda: float = Field(0.1, ge=0, description="lambda of the add_linear loss")
-    mul_log_alpha: float = Field(0.2, gt=0, description="factor of the mul_log loss")
-    mul_log_beta: float = Field(0.3, ge=0, description="exponent in the mul_log loss")
+    add_linear_lambda: float = Field(0.1, ge=0, le=1e6, description="lambda of the add_linear loss")
+    mul_log_alpha: float = Field(0.2, gt=0, le=1e6, description="factor of the mul_log loss")
+    mul_log_beta: float = Field(0.3, ge=0, le=1e6, description="exponent in the mul_log loss")
     unit_ms: float = Field(
         1.0,
         gt=0,
+        le=1e6,
         description=(
             "unit of the latencies in mul_log's logarithms, in ms (for counts: in millions);"
             " must be below every latency of the space"
         ),
     )
-    rl_samples: int = Field(10, ge=1, description="paths per REINFORCE update")
+    rl_samples: int = Field(10, ge=1, le=1_000_000, description="paths per REINFORCE update")
     rl_baseline_rate: float = Field(
         0.99,
         gt=0,
@@ -357,4 +359,5 @@ class ProxylessNAS(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from ``state_dict``."""
         self.alphas.load_state_dict(state["alphas"])
-        self.baseline = state["baseline"]
+        baseline = state["baseline"]
+        self.baseline = None if baseline is None else float(baseline)

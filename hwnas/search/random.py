@@ -37,8 +37,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.errors import ConfigError, TargetError
 from hwnas.search.finder import Finder, Leaderboard
@@ -46,10 +47,8 @@ from hwnas.search.proposal import one_hot, sample_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 
 
-class RandomConfig(BaseModel):
+class RandomConfig(Section):
     """Random search has no options."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RandomSearch(Strategy):
@@ -79,14 +78,13 @@ class RandomSearch(Strategy):
         return sample_feasible(ctx, count, ctx.rng)
 
 
-class RandomStandaloneConfig(BaseModel):
+class RandomStandaloneConfig(Section):
     """The number of networks that share the steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     trainings: int = Field(
         8,
         ge=1,
+        le=1_000_000,
         description="standalone networks; each gets (search steps / trainings) updates",
     )
 
@@ -147,12 +145,12 @@ class RandomStandalone(Strategy):
         self.standalone = [dict(picks) for picks in standalone]
 
 
-class RandomFinderConfig(BaseModel):
+class RandomFinderConfig(Section):
     """The number of architectures to evaluate."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    architectures: int = Field(1000, ge=1, description="random architectures to evaluate")
+    architectures: int = Field(
+        1000, ge=1, le=1_000_000, description="random architectures to evaluate"
+    )
 
 
 class RandomFinder(Finder):

@@ -63,7 +63,7 @@ class SPOSConfig(EvolutionConfig):
         "architectures", description="distribution of the paths that are trained"
     )
     within_budget: float | None = Field(
-        None, gt=0, description="train only paths up to this multiple of the target"
+        None, gt=0, le=1e6, description="train only paths up to this multiple of the target"
     )
 
     @model_validator(mode="after")
@@ -160,4 +160,7 @@ class SPOS(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from ``state_dict``."""
-        self.left = {key: list(positions) for key, positions in state["left"].items()}
+        left: dict[str, list[int]] = {}
+        for key in self.left:
+            left[key] = [int(position) for position in state["left"][key]]
+        self.left = left

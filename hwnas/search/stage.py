@@ -22,7 +22,7 @@ from hwnas.core.metric import shown
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
-from hwnas.document import file_sha256
+from hwnas.document import file_sha256, user_path
 from hwnas.engine import Engine, check_optimizer, steps_of
 from hwnas.errors import ConfigError, SpaceError, TargetError
 from hwnas.nn.checkpoint import save_network
@@ -197,7 +197,7 @@ def check_search(experiment: Experiment, space: SearchSpace) -> Limits:
 
 
 def _limit_table(path: str) -> LatencyTable:
-    return LatencyTable.load(Path(path).expanduser())
+    return LatencyTable.load(user_path(path, "table of search.limits"))
 
 
 def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
@@ -260,7 +260,7 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
         progress.info(str(evaluator.supernet.load_backbone(backbone)))
 
     # A checkpoint holds newer weights than the backbone, so it is loaded afterwards.
-    engine.resume()
+    engine.resume(ctx.progress)
     first_step = engine.step
     start = time.monotonic()
     engine.fit(prepared.step, progress, f"searching ({config.strategy.name})")
@@ -586,16 +586,13 @@ class Search(Stage):
         """
         self.at.check_searchable()
         config = self.at.experiment.search
-        files = limit_hashes(config)
+        files = limit_hashes(config) | weight_hashes(config)
         if config.by_table:
             files |= self.at.hash_of_table()
-        if config.weights is not None:
-            files["super-net"] = file_sha256(supernet_path(config.weights))
-        if config.backbone is not None:
-            files["backbone"] = file_sha256(supernet_path(config.backbone, "search.backbone"))
         search_context(self.at.experiment, self.at.space, self._table())  # checks the target
+        data = self.at.hashes_of_data("train")
         settings = self.at.hashes_of_config("search", "seed", *task_of(self.at.experiment).tables)
-        return {"space.json": self.at.space.sha256, **files, **self.at.hashes_of_data(), **settings}
+        return {"space.json": self.at.space.sha256, **files, **data, **settings}
 
     def summary(self) -> str:
         """The strategy and its length, the size of the space, and the target."""
@@ -635,6 +632,18 @@ def limit_hashes(config: SearchConfig) -> dict[str, str]:
     hashes = {}
     for i, limit in enumerate(config.limits):
         if isinstance(limit, LatencyLimit) and limit.table is not None:
-            table = LatencyTable.load(Path(limit.table).expanduser())
+            table = _limit_table(limit.table)
             hashes[f"search.limits[{i}].table"] = table.sha256
+    return hashes
+
+
+def weight_hashes(config: SearchConfig) -> dict[str, str]:
+    """Hashes of the weights of earlier runs that a search starts from, as inputs of a
+    stage.
+    """
+    hashes = {}
+    if config.weights is not None:
+        hashes["super-net"] = file_sha256(supernet_path(config.weights))
+    if config.backbone is not None:
+        hashes["backbone"] = file_sha256(supernet_path(config.backbone, "search.backbone"))
     return hashes

@@ -10,6 +10,7 @@ import torch
 
 from hwnas.config import Experiment, SearchConfig, SupernetConfig
 from hwnas.core.space import SearchSpace
+from hwnas.document import user_path
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError
 from hwnas.nn.independent import IndependentNetworks
@@ -50,7 +51,7 @@ def supernet_path(folder: str, key: str = "search.weights") -> Path:
 
     Raises ConfigError if there is no such file.
     """
-    root = Path(folder).expanduser()
+    root = user_path(folder, key)
     if not root.is_dir():
         raise ConfigError(
             f"{key} = {folder!r} is not a folder: name the folder of a finished run that trained a"

@@ -55,9 +55,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.core.option import Factors, factorise
 from hwnas.core.space import Choice, SearchSpace
@@ -71,22 +72,21 @@ because ``_factors`` also names their only axis "width".
 """
 
 
-class TuNASConfig(BaseModel):
+class TuNASConfig(Section):
     """TuNAS's constants. The defaults are those of the released code, except
     ``architectures`` (paper: 32 per step).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     rl_lr: float | None = Field(
         None,
         gt=0,
+        le=1e6,
         description=(
             "learning rate of the policy when the RL delay ends; default 3e-4 * batch_size / 256"
         ),
     )
     rl_lr_ramp: float = Field(
-        10.0, ge=1, description="factor by which rl_lr has grown at the end of the search"
+        10.0, ge=1, le=1e6, description="factor by which rl_lr has grown at the end of the search"
     )
     rl_delay: float = Field(
         0.25, ge=0, lt=1, description="fraction of the steps before the policy starts to learn"
@@ -100,13 +100,17 @@ class TuNASConfig(BaseModel):
     baseline_momentum: float = Field(
         0.95, ge=0, lt=1, description="momentum of the moving average of the rewards"
     )
-    entropy: float = Field(0.0, ge=0, description="weight of an entropy bonus")
+    entropy: float = Field(0.0, ge=0, le=1e6, description="weight of an entropy bonus")
     held_out_multiple: int = Field(
-        4, ge=1, description="held-out batch size as a multiple of the training batch size"
+        4,
+        ge=1,
+        le=1_000_000,
+        description="held-out batch size as a multiple of the training batch size",
     )
     architectures: int = Field(
         1,
         ge=1,
+        le=1_000_000,
         description=(
             "architectures per step, each on its own part of the batches; the paper has one"
             " per core, 32"
@@ -298,10 +302,10 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from ``state_dict``."""
         with torch.no_grad():
-            for name, tensor in state["logits"].items():
-                self.logits[name].copy_(tensor)
+            for name, tensor in self.logits.items():
+                tensor.copy_(state["logits"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.reward_sum, self.reward_weight = state["baseline"]
+        self.reward_sum, self.reward_weight = map(float, state["baseline"])
 
 
 def _factors(choice: Choice) -> Factors:

@@ -60,7 +60,7 @@ from hwnas.config import Experiment, MethodConfig, StudyConfig, with_new_keys
 from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
-from hwnas.document import explain, merged, write_atomic
+from hwnas.document import explain, merged, user_path, write_atomic
 from hwnas.errors import ConfigError, HwnasError
 from hwnas.runs import StageContext
 from hwnas.search import stage as search_stage
@@ -216,7 +216,7 @@ def comparison_pool(experiment: Experiment, space: SearchSpace) -> ComparisonPoo
     truth = configured_truth(experiment.study, space)
     table = None
     if experiment.search.table is not None:
-        table = LatencyTable.load(Path(experiment.search.table).expanduser())
+        table = LatencyTable.load(user_path(experiment.search.table, "search.table"))
     index_NC = np.array([space.index(picks) for picks in truth.picks])
     macs_N = np.array([space.decode(picks).macs for picks in truth.picks])
     _check_max_macs(experiment, macs_N)

@@ -4,9 +4,9 @@ search methods, and shrinking a space.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hwnas.core.arch import Picks
 from hwnas.document import Document, Record
@@ -202,6 +202,12 @@ class MethodResult(Record):
     p_better_than_one: IntervalEstimate = IntervalEstimate(value=None)
     p_better_than_random: IntervalEstimate = IntervalEstimate(value=None)
 
+    @model_validator(mode="after")
+    def _ranked_if_found(self) -> Self:
+        if self.found and self.rank is None:
+            raise ValueError(f"method {self.name!r} has searches but no rank; create it again")
+        return self
+
 
 class PairwiseResult(Record):
     """One method against another: the probability that the first finds the better
@@ -212,6 +218,14 @@ class PairwiseResult(Record):
     second: str
     beats: IntervalEstimate
     p_value: float
+
+    @model_validator(mode="after")
+    def _beats_with_a_probability(self) -> Self:
+        if self.beats.value is None:
+            raise ValueError(
+                f"pair {self.first!r} and {self.second!r} has no probability; create it again"
+            )
+        return self
 
 
 class CompareStudy(Document):

@@ -15,15 +15,16 @@ import numpy as np
 
 from hwnas import __version__
 from hwnas.config import Experiment, ScoreName, StudyConfig
+from hwnas.config.decisive import decisive
 from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
 from hwnas.core.statistics import spearman
-from hwnas.data import fingerprint
+from hwnas.data.fingerprint import fingerprint
 from hwnas.document import content_sha256, file_sha256
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError, HwnasError
 from hwnas.nn.supernet import load_supernet
-from hwnas.runs import JsonLines, StageContext
+from hwnas.runs import JsonLines, StageContext, is_number
 from hwnas.search.angle import initial_supernet
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.study import metrics
@@ -124,7 +125,10 @@ def _scores(
     file = JsonLines(ctx.root / "scores" / f"{_scores_sha256(experiment, trained)[:16]}.jsonl")
     known: Rows = {}
     for row in file.read():
-        known.setdefault(row["architecture"], {}).update(row["scores"])
+        architecture, scores = row.get("architecture"), row.get("scores")
+        if isinstance(architecture, str) and isinstance(scores, dict):
+            finite = {name: score for name, score in scores.items() if is_number(score)}
+            known.setdefault(architecture, {}).update(finite)
 
     def missing_scores(architecture: str) -> list[ScoreName]:
         return [name for name in names if name not in known.get(architecture, {})]
@@ -171,8 +175,8 @@ def _scores_sha256(experiment: Experiment, trained: TrainedSupernet) -> str:
         "hwnas": __version__,
         "supernet": file_sha256(trained.path),
         "seed": trained.seed,
-        "images": fingerprint(experiment.data),
-        "data": experiment.data.model_dump(mode="json"),
+        "images": fingerprint(experiment.data, "train"),
+        "data": decisive(experiment, "data"),
         "recalibration": search.recalibration_images,
         "evaluation": search.evaluation_images,
         "batch": search.batch_size,

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from hwnas.config import Experiment, ShrinkConfig
+from hwnas.config.decisive import decisive
 from hwnas.core.cost import CostModel
 from hwnas.core.describe import format_count
 from hwnas.core.space import SearchSpace
@@ -186,7 +187,7 @@ def first_sha256(experiment: Experiment) -> str:
     # The loss (quality = 'loss') is also the reward of policies, so it affects training.
     if experiment.search.quality == "metric":
         ignored.add("quality")
-    search = experiment.search.model_dump(mode="json", exclude=ignored)
+    search = decisive(experiment, "search", *ignored)
     alpha_settings = None
     if wants_alphas(config):
         alpha_settings = (config.alpha_lr, config.alpha_every)
@@ -432,7 +433,7 @@ def _train(ctx: StageContext, training: _SupernetTraining) -> None:
     base = None
     if inherited is None:
         base = base_step(config.base_epochs, config.first_epochs, engine.steps)
-    engine.resume()
+    engine.resume(ctx.progress)
     saving_step = saving_at(step, base, supernet, folder / INITIAL)
     engine.fit(saving_step, ctx.progress, training.description)
     if alphas is not None:

@@ -55,10 +55,6 @@ class TrainedSupernet:
     base: Path | None = None
 
 
-Trained = TrainedSupernet
-"""The old name; ``hwnas.studies`` still uses it."""
-
-
 def training(experiment: Experiment, seed: int) -> Experiment:
     """The experiment that trains the super-net of ``seed``.
 
@@ -136,7 +132,7 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
     base = base_epochs(experiment)
     saved_at = base_step(base, experiment.search.epochs, engine.steps) if base else None
     step = saving_at(prepared.step, saved_at, supernet, ctx.folder / BASE_FILE)
-    engine.resume()
+    engine.resume(ctx.progress)
     engine.fit(
         step,
         ctx.progress,

@@ -50,7 +50,8 @@ from hwnas.core.spaces import parse_space
 from hwnas.core.table import LatencyTable
 from hwnas.engine import flush_denormals
 from hwnas.errors import HwnasError
-from hwnas.progress import Progress, Task
+from hwnas.failures import explained
+from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import StageContext, stage
 
 EVENT_SECONDS = 0.5
@@ -183,6 +184,7 @@ def perform(training: Training, threads: int | None, progress: Progress) -> None
     ctx = StageContext(training.experiment, training.root, training.folder, progress)
     training.folder.mkdir(parents=True, exist_ok=True)
     with (
+        explained(training.name, training.experiment),
         stage(training.folder, training.name, training.inputs, list(training.outputs)),
         _threads(threads),
     ):
@@ -218,7 +220,7 @@ class _Titled(Progress):
         self.title, self.progress = title, progress
 
     @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         with self.progress.task(f"{self.title}: {description}", total, done) as task:
             yield task
 
@@ -238,11 +240,11 @@ class _Line:
     """
 
     def __init__(
-        self, name: str, progress: Progress, begin: Callable[[str, int, int], Task]
+        self, name: str, progress: Progress, begin: Callable[[str, int, int], ProgressBar]
     ) -> None:
         self.name = name
         self.messages = _Titled(name, progress)
-        self.bar: Task | None = None
+        self.bar: ProgressBar | None = None
         self._begin = begin
 
     def show(self, event: Event) -> None:
@@ -363,14 +365,7 @@ def child(
             yield event
         code = process.wait()
         if last not in ("done", "failed"):
-            # Popen reports the signal that killed a process as a negative exit code.
-            end = f"ended with exit code {code}"
-            if code < 0:
-                end = f"was killed ({signal.Signals(-code).name})"
-            yield {
-                "event": "failed",
-                "reason": f"its process {end}; the same command resumes from its checkpoint",
-            }
+            yield {"event": "failed", "reason": _ended(code)}
     finally:
         process.kill()
         process.wait()
@@ -380,6 +375,21 @@ def child(
             process.stdin.close()
 
 
+def _ended(code: int) -> str:
+    """Why a process with this exit code has failed, if it has not said so itself."""
+    resumes = "the same command resumes from its checkpoint"
+    # Popen reports the signal that killed a process as a negative exit code.
+    if code >= 0:
+        return f"its process ended with exit code {code}; {resumes}"
+    killed = f"its process was killed ({signal.Signals(-code).name})"
+    if -code == signal.SIGKILL:
+        return (
+            f"{killed}, most likely because memory ran out: lower study.processes or data.workers,"
+            f" then {resumes}"
+        )
+    return f"{killed}; {resumes}"
+
+
 class _EventProgress(Progress):
     """The progress of a child process: writes events."""
 
@@ -387,9 +397,9 @@ class _EventProgress(Progress):
         self.write = write
 
     @contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
         self.write({"event": "begin", "description": description, "total": total, "done": done})
-        task = _EventTask(self.write)
+        task = _EventBar(self.write)
         yield task
         task.tell()
         self.write({"event": "end"})
@@ -404,7 +414,7 @@ class _EventProgress(Progress):
         self.write({"event": "warning", "text": message})
 
 
-class _EventTask(Task):
+class _EventBar(ProgressBar):
     def __init__(self, write: Callable[[Event], None]) -> None:
         self.write = write
         self.steps = 0

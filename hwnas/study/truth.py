@@ -36,7 +36,7 @@ import numpy as np
 from hwnas.config import StudyConfig
 from hwnas.core.arch import Picks
 from hwnas.core.space import SearchSpace
-from hwnas.document import nearest
+from hwnas.document import nearest, user_path
 from hwnas.errors import ConfigError, UserError
 from hwnas.study.documents import TruthInfo
 from hwnas.study.metrics import best_tenth, kendall
@@ -121,7 +121,7 @@ def configured_truth(config: StudyConfig, space: SearchSpace) -> Truth:
             "study.truth is not set: name a file of architectures and their accuracies (.csv or"
             " .json)."
         )
-    path = Path(config.truth).expanduser()
+    path = user_path(config.truth, "study.truth")
     if not path.is_file():
         raise ConfigError(
             f"study.truth = {config.truth!r} does not exist: name a file of architectures and"
@@ -139,7 +139,7 @@ def read_truth(path: str | Path, space: SearchSpace, columns: Sequence[str] = ()
     file does not exist.
     """
     source = Source.load(path)
-    in_json = source.text.lstrip("\ufeff \r\n\t").startswith("{")
+    in_json = source.text.lstrip(" \r\n\t").startswith("{")
     if in_json:
         used, rows = _json_rows(source, columns)
     else:
@@ -193,7 +193,7 @@ _Row = tuple[str, str, list[Any]]
 
 def _csv_rows(source: Source, columns: Sequence[str]) -> tuple[tuple[str, ...], Iterator[_Row]]:
     """The columns of accuracies and the rows of a CSV file."""
-    lines = csv.reader(io.StringIO(source.text.removeprefix("\ufeff"), newline=""), strict=True)
+    lines = csv.reader(io.StringIO(source.text, newline=""), strict=True)
     try:
         header = [cell.strip() for cell in next(lines, [])]
         named = [name for name in ARCHITECTURE_COLUMNS if name in header]

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
+from yaml.composer import ComposerError
 
 from hwnas.core.ir import out_size
 from hwnas.core.ops import Classifier, Conv, DSConv, Head, MBConv, Op, separable
@@ -52,6 +53,9 @@ _BLOCK = re.compile(
     rf"expanded_conv-input:{_N}x{_N}x{_N}-output:{_N}x{_N}x{_N}"
     rf"-expand:{_N}-kernel:{_N}-stride:{_N}-idskip:([01])(?:-se:([01])-hs:([01]))?"
 )
+
+MOST_RUNS = 10**9
+"""A larger count of measurements comes from a damaged file."""
 
 Row = tuple[str, float, int | Literal["unknown"]]
 """Key, milliseconds, and the number of measurements."""
@@ -241,15 +245,29 @@ def _yaml_rows(source: Source, column: str) -> Iterator[Row]:
             )
         ms = source.ms(entry[column], f"{column} of {key}")
         runs = entry.get("count")
-        if not isinstance(runs, int) or isinstance(runs, bool):
+        if not isinstance(runs, int) or isinstance(runs, bool) or not 0 < runs < MOST_RUNS:
             runs = UNKNOWN
         yield key, ms, runs
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's safe loader, which creates numbers, strings, lists and mappings only,
+    without aliases. No published table has any, and a few lines of aliases of aliases
+    stand for billions of values.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node. Raises ComposerError if it is an alias."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise ComposerError(None, None, "aliases are not read", mark)
+        return super().compose_node(parent, index)
 
 
 def _yaml_entries(source: Source) -> list[tuple[str, dict[str, Any]]]:
     """The keys and entries of the file, at least one."""
     try:
-        content = yaml.safe_load(source.text)
+        content = yaml.load(source.text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = ""
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:

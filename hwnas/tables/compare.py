@@ -5,8 +5,9 @@ all of them.
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +20,7 @@ MAX_LISTED = 10
 """How many ops of each group the text lists. JSON lists all."""
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """One op in both tables; ``ratio`` is a / b."""
 
     op: str
@@ -52,7 +52,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return asdict(self)
+        return {**vars(self), "ratios": [ratio._asdict() for ratio in self.ratios]}
 
 
 def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
@@ -69,7 +69,9 @@ def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
                 f"table {table.title} has costs for positions of a space, not ops, so ratios are"
                 " meaningless: compare tables of ops."
             )
-    common = [key for key in a.entries if key in b.entries]
+    a_ms_of = {key: entry.ms for key, entry in a.entries.items()}
+    b_ms_of = {key: entry.ms for key, entry in b.entries.items()}
+    common = [key for key in a_ms_of if key in b_ms_of]
     if not common:
         raise TableError(
             f"tables {a.title} and {b.title} have no op in common ({next(iter(a.entries))} ... and"
@@ -79,7 +81,7 @@ def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
     # Reversed, so that of equal ops the first key in the table is kept.
     distinct: dict[tuple[str, float, float], str] = {}
     for key in reversed(common):
-        distinct[_clamped(key), a.entries[key].ms, b.entries[key].ms] = key
+        distinct[_clamped(key), a_ms_of[key], b_ms_of[key]] = key
 
     ratios = []
     zero = []
@@ -105,8 +107,8 @@ def compare(a: LatencyTable, b: LatencyTable) -> Comparison:
         lowest=float(values[0]),
         highest=float(values[-1]),
         spearman=rank_correlation(all_a_ms, all_b_ms),
-        only_a=_without(a, common),
-        only_b=_without(b, common),
+        only_a=_without(a_ms_of, common),
+        only_b=_without(b_ms_of, common),
         zero=tuple(zero),
     )
 
@@ -116,15 +118,17 @@ def _clamped(key: str) -> str:
     return key.replace("-relu6", "-relu")
 
 
-def _without(table: LatencyTable, common: list[str]) -> tuple[str, ...]:
-    """The ops of ``table`` that are not ``common``. Of ops that differ only in ReLU or
-    ReLU6, the first.
+def _without(ms_of: Mapping[str, float], common: Collection[str]) -> tuple[str, ...]:
+    """The ops of a table (key -> ms) that are not ``common``. Of ops that differ only in
+    ReLU or ReLU6, the first.
     """
-    seen = {(_clamped(key), table.entries[key].ms) for key in common}
+    if len(ms_of) == len(common):
+        return ()
+    seen = {(_clamped(key), ms_of[key]) for key in common}
     others: dict[tuple[str, float], str] = {}
-    for key, entry in table.entries.items():
-        if (_clamped(key), entry.ms) not in seen:
-            others.setdefault((_clamped(key), entry.ms), key)
+    for key, ms in ms_of.items():
+        if (_clamped(key), ms) not in seen:
+            others.setdefault((_clamped(key), ms), key)
     return tuple(others.values())
 
 

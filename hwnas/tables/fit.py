@@ -17,6 +17,7 @@ import numpy as np
 
 from hwnas.core.arch import Architecture
 from hwnas.core.calibration import held_out
+from hwnas.core.clock import is_possible
 from hwnas.core.ops import Op
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.errors import CoverageError, TableError
@@ -58,8 +59,9 @@ def fit_table(
     own: which known devices this one resembles, how many ops are in no network and have
     the prior's cost, and whether more networks would help.
 
-    Raises TableError for fewer than MIN_NETWORKS networks or a time of 0 or below, and
-    CoverageError if a network has ops that are not in ``ops`` or a table lacks some.
+    Raises TableError for fewer than MIN_NETWORKS networks or a time that no clock measures
+    (0, below a nanosecond, NaN), and CoverageError if a network has ops that are not in
+    ``ops`` or a table lacks some.
 
     Example:
         >>> space = load_space("fbnet")  # doctest: +SKIP
@@ -75,8 +77,11 @@ def fit_table(
             f" {len(networks)}: measure more."
         )
     for arch, latency in networks:
-        if not 0 < latency < math.inf:
-            raise TableError(f"network {arch.name!r} takes {latency:g} ms: give latencies above 0.")
+        if not is_possible(latency):
+            raise TableError(
+                f"network {arch.name!r} takes {latency:g} ms, which no clock measures: give latencies"
+                " in milliseconds."
+            )
     ms_N = np.array([latency for _, latency in networks], dtype=float)
     prior = Prior.of(ops, known)
     counts_NP = count_ops(ops, [arch for arch, _ in networks])

@@ -31,6 +31,7 @@ from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable, TableHeader
 from hwnas.document import file_sha256, nearest
 from hwnas.errors import SpaceError, UserError
+from hwnas.printable import quoted
 from hwnas.tables.fit import fit_table
 from hwnas.tables.reading import UNKNOWN, Source
 
@@ -76,9 +77,7 @@ def read_networks(path: str | Path, space: SearchSpace) -> list[tuple[Architectu
     networks is not in ``space``; DocumentError if there is no file.
     """
     source = Source.load(path)
-    # Spreadsheets write a byte-order mark, which would become part of the first name.
-    text = source.text.removeprefix("\ufeff")
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(io.StringIO(source.text, newline=""), strict=True)
     # By ops, because one network can be written in several ways.
     networks: dict[tuple[Op, ...], tuple[Architecture, list[float]]] = {}
     ops = frozenset(space.ops)
@@ -160,6 +159,6 @@ def _milliseconds(source: Source, line: str, text: str) -> float:
         ms = math.nan
     if not 0 < ms < math.inf:  # NaN fails this as well
         raise source.wrong(
-            f"{line} ms is {text!r}: give a latency in milliseconds above 0, or remove the line."
+            f"{line} ms is {quoted(text)}: give a latency in milliseconds above 0, or remove the line."
         )
     return ms

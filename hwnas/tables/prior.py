@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from hwnas.core.clock import is_possible
 from hwnas.core.cost import check_coverage, op_ms
 from hwnas.core.ops import Op
 from hwnas.core.table import LatencyTable
@@ -156,14 +157,17 @@ class Prior:
         """All hypotheses. ``mean_P`` is the mean network, float [ops + 1]: how often it
         contains each op, and 1 for the intercept.
 
-        Raises TableError if that network takes 0 ms or less by one of the tables.
+        Raises TableError if that network takes 0 ms by one of the tables, or another time
+        that no clock measures.
         """
-        unit_ms = self.known_KP @ mean_P
-        if (unit_ms <= 0).any():
-            raise TableError(
-                f"table {self.names[int(unit_ms.argmin())]} predicts 0 ms for the measured"
-                " networks, so it cannot be their prior."
-            )
+        with np.errstate(over="ignore"):  # refused below
+            unit_ms = self.known_KP @ mean_P
+        for name, table_ms in zip(self.names, unit_ms, strict=True):
+            if not is_possible(table_ms):
+                raise TableError(
+                    f"table {name} predicts {table_ms:g} ms for the measured networks, so it cannot"
+                    " be their prior."
+                )
         known_KP = self.known_KP / unit_ms[:, None]
         hypotheses = []
         for i, name in enumerate(self.names):

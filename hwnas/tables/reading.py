@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import math
 import zlib
@@ -16,8 +17,9 @@ import numpy as np
 
 from hwnas.core.ops import Op
 from hwnas.core.table import Entry
-from hwnas.document import read_bytes
+from hwnas.document import LARGEST_BYTES, decoded_text, quoted_path, read_bytes
 from hwnas.errors import TableError
+from hwnas.printable import quoted
 
 UNKNOWN: Literal["unknown"] = "unknown"
 CLAMPS = ("relu", "relu6")
@@ -25,6 +27,8 @@ CLAMPS = ("relu", "relu6")
 these. They are what the networks of these sources use, and as both clamp the result of
 the convolution, they cost the same.
 """
+LONGEST_MS = 1e9
+"""No op takes longer than 11 days. Larger numbers come from damaged files."""
 NOISY_ABOVE = 0.1
 """If the values of one op spread more than this, its entry is marked as noisy. This is
 also the limit of our own profiles.
@@ -33,6 +37,18 @@ GZIP_MAGIC = b"\x1f\x8b"
 """The first bytes of a gzip file."""
 _LONGEST_QUOTE = 40
 """Longer values are shortened in error messages, to this many characters."""
+
+
+LARGEST_TEXT = 2**28
+"""Bytes of the largest text that is read, unpacked. The largest published tables have a
+tenth of it, but a gzip file of a megabyte can unpack to a gigabyte.
+"""
+
+
+def _unpacked(stored: bytes) -> bytes:
+    """The content of a gzip file, at most one byte more than ``LARGEST_TEXT``."""
+    with gzip.GzipFile(fileobj=io.BytesIO(stored)) as file:
+        return file.read(LARGEST_TEXT + 1)
 
 
 @dataclass(frozen=True)
@@ -50,21 +66,28 @@ class Source:
         """Read a text file, gzipped or not. Raises TableError if it is neither, and
         DocumentError if it cannot be read.
         """
-        stored = read_bytes(path)
+        stored = read_bytes(path, at_most=LARGEST_BYTES)
+        name = quoted_path(path)
         try:
             content = stored
             if stored.startswith(GZIP_MAGIC):
-                content = gzip.decompress(stored)
-            return cls(str(path), content.decode(), hashlib.sha256(stored).hexdigest())
+                content = _unpacked(stored)
+            if len(content) > LARGEST_TEXT:
+                raise TableError(
+                    f"{name} unpacks to more than {LARGEST_TEXT // 2**20} MiB: no table or list of"
+                    " networks is that large; check the file."
+                )
+            text = decoded_text(content)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise TableError(
-                f"{path} cannot be unpacked ({error}): it is corrupt or was cut off; fetch it again."
+                f"{name} cannot be unpacked ({error}): it is corrupt or was cut off; fetch it again."
             ) from error
         except UnicodeDecodeError as error:
             raise TableError(
-                f"{path} is not text (byte {error.start}): convert it first; pickle files are never"
+                f"{name} is not text (byte {error.start}): convert it first; pickle files are never"
                 " read."
             ) from error
+        return cls(name, text, hashlib.sha256(stored).hexdigest())
 
     def wrong(self, why: str) -> TableError:
         """The error for a wrong file, to be raised. ``why`` follows the file's name: what
@@ -98,12 +121,9 @@ class Source:
             number = math.nan
         # JSON's ``true`` would otherwise pass as 1.
         if isinstance(value, bool) or not math.isfinite(number):
-            quote = repr(value)
-            if len(quote) > _LONGEST_QUOTE:
-                quote = quote[: _LONGEST_QUOTE - 3] + "..."
             raise self.wrong(
-                f"has {quote} for {of}, which is not a number: it is corrupt, was cut off, or needs"
-                " another --format."
+                f"has {quoted(value, _LONGEST_QUOTE)} for {of}, which is not a number: it is"
+                " corrupt, was cut off, or needs another --format."
             )
         return number
 
@@ -112,11 +132,12 @@ class Source:
         not finite or is negative.
         """
         number = self.number(value, of)
-        if number < 0:
+        ms = number * unit_ms
+        if not 0 <= ms <= LONGEST_MS:
             raise self.wrong(
                 f"has {number:g} for {of}, which is not a valid time: correct or remove that entry."
             )
-        return number * unit_ms
+        return ms
 
 
 @dataclass(frozen=True)
@@ -194,7 +215,9 @@ def _entry(rows: list[TimedOp]) -> Entry:
     if len(rows) == 1:
         return Entry(ms=rows[0].ms, runs=rows[0].runs)
     low, median, high = np.percentile([row.ms for row in rows], [25, 50, 75]).tolist()
-    spread: float | Literal["unknown"] = (high - low) / median if median > 0 else UNKNOWN
+    spread: float | Literal["unknown"] = UNKNOWN
+    if median > 0 and math.isfinite((high - low) / median):
+        spread = (high - low) / median
     runs = [row.runs for row in rows if isinstance(row.runs, int)]
     return Entry(
         ms=median,

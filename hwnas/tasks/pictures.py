@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 from pydantic import Base64Bytes, BaseModel, ConfigDict
 
 from hwnas.data.coco import CocoImages
+from hwnas.data.decoding import decode
 from hwnas.document import Document
 from hwnas.nn.ssd import Detections
 
@@ -88,7 +88,7 @@ def _picture(images: CocoImages, index: int, detected: Detections) -> Picture:
         label = images.names[int(detected.classes_D[row])]
         drawn.append(_box(boxes[row], label, float(detected.scores_D[row])))
     return Picture(
-        jpeg=base64.b64encode(_jpeg(images, image)), truth=tuple(truth), found=tuple(drawn)
+        jpeg=base64.b64encode(_jpeg(images, index)), truth=tuple(truth), found=tuple(drawn)
     )
 
 
@@ -98,10 +98,10 @@ def _box(corners: np.ndarray, label: str, score: float | None = None) -> Box:
     return Box(corners=(x1, y1, x2, y2), label=label, score=rounded)
 
 
-def _jpeg(images: CocoImages, image: int) -> bytes:
+def _jpeg(images: CocoImages, index: int) -> bytes:
     buffer = io.BytesIO()
-    with Image.open(images.folder / images.annotations.file_names[image]) as opened:
-        picture = opened.convert("RGB")
+    # in colour, even if the network sees it in grey
+    picture, _ = decode(images.root, images.paths[index], channels=3)
     picture.thumbnail((SIDE, SIDE))
     picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

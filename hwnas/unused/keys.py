@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from hwnas.config import IMAGE_LABELS
 from hwnas.config.tasks import TASKS, network_kind
 from hwnas.devices.device import find_device
 from hwnas.search import SHRINK_METRICS
@@ -228,6 +229,20 @@ DIGITS_DATA = Case(
     fix="remove it, or set data.name = 'npz', 'folder' or 'cifar10'",
     overridden="quiet",
 )
+NO_IMAGE_FILES = Case(
+    lambda s: s.experiment.data.name in ("digits", "npz", "cifar10"),
+    "data.name = {e.data.name!r} has no files of single images",
+    ("data.name",),
+    (*VERBS, *STUDIES),
+    overridden="quiet",
+)
+NO_NAMED_IMAGES = Case(
+    lambda s: s.experiment.data.name in IMAGE_LABELS,
+    "data.name = {e.data.name!r} has no annotation files that name images",
+    ("data.name",),
+    (*VERBS, *STUDIES),
+    overridden="quiet",
+)
 NO_INT8_FILE = Case(
     lambda situation: not any(map(_is_int8, situation.formats)),
     why="export.formats has no int8 file",
@@ -369,6 +384,8 @@ KEYS: dict[str, tuple[Case, ...]] = {
     ),
     "device.cores": (SIMULATED_DEVICE,),
     "data.path": (DIGITS_DATA,),
+    **dict.fromkeys(("data.unreadable", "data.skip"), (NO_IMAGE_FILES,)),
+    "data.allow_outside": (NO_NAMED_IMAGES,),
     **dict.fromkeys(
         (
             "data.name",

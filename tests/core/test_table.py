@@ -219,7 +219,32 @@ def test_the_leave_one_out_error_is_that_of_fits_to_the_other_networks() -> None
     assert fitted is not None and fitted[0] == pytest.approx(np.mean(errors))
 
 
-def test_held_out_errors_by_hand() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p10_ms": 2.0, "p90_ms": 1.0}, "it is below p10_ms = 2"),
+        ({"p10_ms": -1.0}, "greater than or equal to 0"),
+        ({"spread": -0.1}, "greater than or equal to 0"),
+        ({"runs": 0}, "greater than or equal to 1"),
+        ({"rounds": -3}, "greater than or equal to 1"),
+        ({"ms": True}, "valid number"),
+    ],
+)
+def test_entries_that_no_measurement_gives_are_refused(
+    change: dict[str, object], message: str
+) -> None:
+    content = json.loads(table().to_json())
+    content["entries"][KEY] = {"ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.1, **change}
+    with pytest.raises(DocumentError, match=f"entries.{KEY}.*{message}"):
+        LatencyTable.parse(json.dumps(content))
+
+
+def test_a_median_of_medians_may_be_outside_the_percentiles_of_all_runs() -> None:
+    """Four slow rounds of five runs, three fast ones of a hundred."""
+    Entry(ms=2.0, p10_ms=1.0, p90_ms=1.0, runs=320, rounds=7, spread=0.5)
+
+
+def test_the_judges_numbers_by_hand() -> None:
     calibration = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
     errors = held_out_errors(
         calibration, BARE, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0]

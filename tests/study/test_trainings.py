@@ -74,7 +74,8 @@ def test_two_processes_give_the_same_bits_whatever_else_fails(
     failed = trainings.run(wanted, StudyConfig(processes=2), 1, progress)
     assert failed == {
         "search-1": (
-            "its process was killed (SIGKILL); the same command resumes from its checkpoint"
+            "its process was killed (SIGKILL), most likely because memory ran out: lower"
+            " study.processes or data.workers, then the same command resumes from its checkpoint"
         ),
         "diverges": "the loss is nan at step 7.",
         "is-wrong": "KeyError: 'no such thing'",

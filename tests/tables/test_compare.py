@@ -4,14 +4,17 @@ terminal.
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import scipy.stats
 
+from hwnas.core.ops import Op
 from hwnas.core.table import Entry, LatencyTable, TableHeader
-from hwnas.errors import TableError
+from hwnas.errors import DocumentError, TableError
+from hwnas.resources import resource_path
 from hwnas.tables.compare import compare, describe_comparison
 
 KEYS = [f"mbconv-h14-i80-o80-m{mid}-k5-relu-id" for mid in range(80, 580, 20)]
@@ -93,3 +96,35 @@ def test_the_text_fits_the_terminal(width: int) -> None:
     assert f"only in a: {len(KEYS) - 1}" in text and f"and {len(KEYS) - 11} more" in text
     assert LONG in text
     assert ("a ms" in text) == (width > 60)
+
+
+def test_shipped_tables_compare_as_ever() -> None:
+    """Numbers and texts of the first implementation, which looked every op up one by one."""
+    folder = resource_path("latency_tables") / "amd-epyc-2core"
+    fp32 = LatencyTable.load(folder / "fbnet-litert-fp32-1t.json")
+    int8 = LatencyTable.load(folder / "fbnet-litert-int8-1t.json")
+    found = compare(fp32, int8)
+    assert (len(found.ratios), found.only_a, found.only_b) == (105, (), ())
+    assert (found.median, found.spearman) == (1.6536796536796534, 0.935589881816297)
+    assert sha256(json.dumps(found.to_dict(), indent=1)).startswith("2b11fd39054c8998")
+    assert sha256(describe_comparison(found, 60)).startswith("c8e3dcc08f8ac2bb")
+    assert sha256(describe_comparison(found, 120)).startswith("5365f06bb808a3f2")
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_keys_of_a_second_table_of_a_space_are_not_parsed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Parsing the keys takes most of the time that a large table takes to load."""
+    content = table(dict.fromkeys(KEYS, 1.0)).to_json()
+
+    def fail(key: str) -> Op:
+        raise AssertionError(f"{key} is parsed again")
+
+    monkeypatch.setattr(Op, "parse", fail)
+    assert list(LatencyTable.parse(content).entries) == sorted(KEYS)
+    with pytest.raises(DocumentError, match="norm-h14-i8-o8 is parsed again"):
+        LatencyTable.parse(content.replace(KEYS[0], "norm-h14-i8-o8"))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.core.arch import Architecture
+from hwnas.core.clock import LONGEST_MS, SHORTEST_MS
 from hwnas.core.cost import CostModel, latency_ms, op_ms
 from hwnas.core.families import fbnet
 from hwnas.core.ops import Op
@@ -486,6 +487,26 @@ def test_any_latencies_give_prices_that_are_finite_and_not_below_zero(
     assert all(entry.ms >= 0 for entry in found.entries.values()) and len(found.entries) == len(OPS)
 
 
+@pytest.mark.parametrize(
+    "ms",
+    [
+        [1.0, 1.0, 1.0, 1.0],
+        [SHORTEST_MS, SHORTEST_MS, SHORTEST_MS, SHORTEST_MS],
+        [SHORTEST_MS, LONGEST_MS, 1.0, 2.0],
+        [LONGEST_MS, LONGEST_MS, LONGEST_MS, SHORTEST_MS],
+    ],
+    ids=["equal", "all a nanosecond", "from a nanosecond to days", "days but one"],
+)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_the_shortest_the_longest_and_equal_latencies_give_finite_prices(ms: list[float]) -> None:
+    found = fitted(list(zip(sampled(len(ms)), ms, strict=True)))
+    assert found.calibration is not None and found.calibration.held_out is not None
+    # the document, too, refuses what is not finite
+    again = LatencyTable.parse(found.to_json())
+    assert np.isfinite([entry.ms for entry in again.entries.values()]).all()
+    assert np.isfinite([found.calibration.intercept_ms, found.calibration.held_out.mape]).all()
+
+
 @FAST
 @given(costs=st.lists(st.floats(-2, 2), min_size=3, max_size=6))
 def test_a_cost_that_would_be_below_zero_is_zero_and_the_intercept_makes_up_for_it(
@@ -505,9 +526,10 @@ def test_refusals() -> None:
     networks = measured(sampled(5), device())
     with pytest.raises(TableError, match=r"at least 3 different networks, got 2: measure more\."):
         fitted(networks[:2])
-    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+    for wrong in (0.0, -1.0, 5e-324, 1e-300, 1e300, float("nan"), float("inf")):
         with pytest.raises(
-            TableError, match=r"network 'net-1' takes \S+ ms: give latencies above 0\."
+            TableError,
+            match=r"network 'net-1' takes \S+ ms, which no clock measures: give latencies in",
         ):
             fitted([networks[0], (networks[1][0], wrong), *networks[2:]])
     with pytest.raises(
@@ -529,3 +551,5 @@ def test_refusals() -> None:
         )
     with pytest.raises(TableError, match="known predicts 0 ms for the measured networks"):
         fitted(networks, table_of(0 * device(1), "known"))
+    with pytest.raises(TableError, match="known predicts inf ms for the measured networks"):
+        fitted(networks, table_of(0 * device(1) + 1e308, "known"))

@@ -2,7 +2,7 @@
 the format of its key.
 """
 
-from hwnas.core.ops.base import ACTIVATIONS, Op, OpKey, kinds, register, source_files
+from hwnas.core.ops.base import ACTIVATIONS, Op, OpKey, check_key, kinds, register, source_files
 from hwnas.core.ops.blocks import SE_GATES, Classifier, Conv, DSConv, Head, MBConv, separable
 from hwnas.core.ops.cells import (
     AvgPool,
@@ -42,6 +42,7 @@ __all__ = [
     "ResidualReduce",
     "SSDPredictor",
     "SepConv",
+    "check_key",
     "kinds",
     "register",
     "separable",

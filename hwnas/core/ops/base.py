@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
@@ -116,6 +116,44 @@ def _fields(kind: type[Op]) -> tuple[_Field, ...]:
     return tuple(_Field(item.name, item.default, **item.metadata) for item in fields(kind))
 
 
+@cache
+def _required(kind: type[Op]) -> frozenset[str]:
+    """The names of the fields of a kind that have no default."""
+    return frozenset(item.name for item in _fields(kind) if item.default is MISSING)
+
+
+class _Part(NamedTuple):
+    """A part of a key that was read: the position of its field among those of the kind,
+    the field's name and value, and whether a key would write it like this.
+    """
+
+    position: int
+    name: str
+    value: Any
+    canonical: bool
+
+
+@lru_cache(maxsize=2**14)
+def _parsed(kind: type[Op], part: str) -> _Part | None:
+    """Read one part of a key; None if it is not a field of the kind. Cached, because the
+    keys of a table have few different parts.
+    """
+    match = re.fullmatch(r"([a-z])([0-9]+)", part)
+    for position, item in enumerate(_fields(kind)):
+        value: Any
+        if match and item.letter == match[1]:
+            value = int(match[2])
+        elif item.flag and item.flag == part:
+            value = True
+        elif part in item.words:
+            value = part
+        else:
+            continue
+        canonical = value != item.default and item.part(value) == part
+        return _Part(position, item.name, value, canonical)
+    return None
+
+
 @dataclass(frozen=True)
 class Op(ABC):
     """A block and its shape: input height = width, input channels, output channels. The
@@ -145,8 +183,9 @@ class Op(ABC):
     residual = False
 
     def __post_init__(self) -> None:
+        values = vars(self)
         for item in _fields(type(self)):
-            value = getattr(self, item.name)
+            value = values[item.name]
             # A default of 0 means that the block has no such part, so 0 is allowed.
             least = 0 if item.default == 0 else 1
             if item.letter and value < least:
@@ -204,8 +243,9 @@ class Op(ABC):
     def key(self) -> str:
         """The op's name in tables and files: ``[a-z0-9-]+``."""
         parts = [self.KIND]
+        values = vars(self)  # read directly, because tables have very many keys
         for item in _fields(type(self)):
-            value = getattr(self, item.name)
+            value = values[item.name]
             # Without defaults, so that a new field does not change the keys of old tables.
             if value != item.default:
                 parts.append(item.part(value))
@@ -221,29 +261,24 @@ class Op(ABC):
                 f" {', '.join(_KINDS)}."
             )
         kind = _KINDS[name]
-        values = dict(kind._parse_part(key, part) for part in parts)
-        required = {item.name for item in _fields(kind) if item.default is MISSING}
-        missing = sorted(required - values.keys())
+        values = {}
+        canonical = True
+        last = -1
+        for part in parts:
+            parsed = _parsed(kind, part)
+            if parsed is None:
+                raise SpaceError(f"{key!r} is not an op key: {part!r} is not a field of {name}.")
+            values[parsed.name] = parsed.value
+            canonical = canonical and parsed.canonical and parsed.position > last
+            last = parsed.position
+        missing = _required(kind).difference(values)
         if missing:
-            raise SpaceError(f"{key!r} is not an op key: it lacks {', '.join(missing)}.")
+            raise SpaceError(f"{key!r} is not an op key: it lacks {', '.join(sorted(missing))}.")
         op = kind(**values)
         # Keys identify ops in tables, so every op must have exactly one spelling.
-        if op.key != key:
+        if not canonical:
             raise SpaceError(f"{key!r} is not how this op is written; write {op.key!r}.")
         return op
-
-    @classmethod
-    def _parse_part(cls, key: str, part: str) -> tuple[str, Any]:
-        """Name and value of the field that one part of a key stands for."""
-        match = re.fullmatch(r"([a-z])([0-9]+)", part)
-        for item in _fields(cls):
-            if match and item.letter == match[1]:
-                return item.name, int(match[2])
-            if item.flag == part:
-                return item.name, True
-            if part in item.words:
-                return item.name, part
-        raise SpaceError(f"{key!r} is not an op key: {part!r} is not a field of {cls.KIND}.")
 
     @property
     def out_size(self) -> int:
@@ -295,6 +330,14 @@ def _program(op: Op) -> Program:
     if not isinstance(outputs, tuple):
         outputs = (outputs,)
     return write.program(*outputs)
+
+
+@lru_cache(maxsize=2**17)
+def check_key(key: str) -> None:
+    """Raise SpaceError if ``key`` is not an op key. Cached, because a command often reads
+    several tables of one space.
+    """
+    Op.parse(key)
 
 
 def _parse_key(value: Any) -> Any:
