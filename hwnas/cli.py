@@ -7,7 +7,9 @@ unavailable.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,9 +20,12 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from hwnas import __version__
-from hwnas.errors import HwnasError, UserError
+from hwnas.errors import ConfigError, DataProblemsError, HwnasError, UserError
+from hwnas.interruption import raising
+from hwnas.printable import one_line, printable
 
 if TYPE_CHECKING:
+    from hwnas.config import Experiment
     from hwnas.pipeline import Pipeline
 
 PACKAGE_FOLDER = str(Path(__file__).parent)
@@ -126,8 +131,15 @@ def main() -> None:
     except HwnasError as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"error: {error}", err=True)
+        # only a list of problems has several lines
+        text = str(error) if isinstance(error, DataProblemsError) else one_line(str(error))
+        _echo(f"error: {text}", err=True)
         sys.exit(error.exit_code)
+
+
+def _echo(text: str, *, nl: bool = True, err: bool = False) -> None:
+    """Print a text, in which names from files cannot control the terminal."""
+    typer.echo(printable(text), nl=nl, err=err)
 
 
 def _show_warning(
@@ -143,7 +155,7 @@ def _show_warning(
     """
     is_for_users = issubclass(category, FutureWarning | UserWarning)
     if is_for_users and filename.startswith(PACKAGE_FOLDER):
-        typer.echo(f"warning: {message}", err=True)
+        _echo(f"warning: {message}", err=True)
     else:
         PYTHON_SHOWWARNING(message, category, filename, lineno, file, line)
 
@@ -173,39 +185,65 @@ def _pipeline(
 def _unchecked(
     config: Path | None, overrides: list[str] | None, out: Path | None, quiet: bool, verbose: bool
 ) -> Pipeline:
-    from hwnas.config import load_experiment
     from hwnas.pipeline import Pipeline
-    from hwnas.runs import load_config
     from hwnas.terminal import TerminalProgress
 
-    if config is not None and config.is_dir():
-        if overrides:
-            raise UserError(
-                f"{config} is a run folder with its own configuration: give the .toml file to"
-                f" change {overrides[0]!r}."
-            )
-        experiment = load_config(config)
-        root = out or config
-    else:
-        experiment = load_experiment(config, overrides)
-        name = experiment.name
-        # an experiment without a name is named after its file
-        if config is not None and "name" not in experiment.model_fields_set:
-            name = config.stem
-        root = out or Path("runs") / name
+    experiment = _experiment(config, overrides)
+    root = out
+    if root is None and config is not None and config.is_dir():
+        root = config
+    if root is None:
+        root = Path("runs") / _run_name(experiment, config)
     return Pipeline(experiment, root, TerminalProgress(quiet=quiet, verbose=verbose))
+
+
+def _run_name(experiment: Experiment, config: Path | None) -> str:
+    """The name of the run folder: that of the experiment, else that of its file. Raises
+    ConfigError if the file's name cannot be one.
+    """
+    from hwnas.config.experiment import checked_name
+
+    if config is None or "name" in experiment.model_fields_set:
+        return experiment.name
+    try:
+        return checked_name(config.stem)
+    except ValueError as error:
+        raise ConfigError(f"{config} gives its run folder no name: {error}.") from error
+
+
+def _experiment(config: Path | None, overrides: list[str] | None) -> Experiment:
+    """The experiment of a TOML file, of a run folder, or of the defaults."""
+    from hwnas.config import load_experiment
+    from hwnas.document import user_path
+    from hwnas.runs import load_config
+
+    if config is None or not user_path(str(config), "CONFIG").is_dir():
+        return load_experiment(config, overrides)
+    if overrides:
+        raise UserError(
+            f"{config} is a run folder with its own configuration: give the .toml file to"
+            f" change {overrides[0]!r}."
+        )
+    return load_config(config)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a stage with one sentence. The same command resumes from the stage's
-    files.
+    """Ctrl-C, SIGTERM and SIGHUP end a stage with one sentence. The files of the stage
+    allow the same command to resume.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to resume", err=True)
-        raise typer.Exit(130) from None  # 128 + SIGINT, as shells report it
+    with raising() as interruption:
+        try:
+            yield
+        except (KeyboardInterrupt, OSError):
+            number = interruption.number
+            # an OSError after SIGHUP: the closed terminal refuses the end of a progress bar
+            if number is None:
+                raise
+            by = "" if number == signal.SIGINT else f" by {number.name}"
+            with contextlib.suppress(OSError):
+                _echo(f"interrupted{by}: run the same command again to resume", err=True)
+            raise typer.Exit(128 + number) from None  # as shells report it
 
 
 def _run_stage(name: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> None:
@@ -217,11 +255,11 @@ def _run_stage(name: str, pipeline: Pipeline, fresh: bool, as_json: bool) -> Non
 
 def _print_result(path: Path, as_json: bool) -> None:
     if not as_json:
-        typer.echo(str(path))
+        _echo(str(path))
     elif path.suffix == ".json":
-        typer.echo(path.read_text(), nl=False)
+        _echo(path.read_text(), nl=False)
     else:
-        typer.echo(json.dumps({"path": str(path)}))
+        _echo(json.dumps({"path": str(path)}))
 
 
 def _check_verdict(pipeline: Pipeline) -> None:
@@ -250,7 +288,7 @@ def run(
     """
     pipeline = _pipeline("run", config, overrides, out, quiet, verbose)
     if plan:
-        typer.echo(pipeline.plan(timed=not quiet))
+        _echo(pipeline.plan(timed=not quiet))
         return
 
     with _interruptible():
@@ -384,11 +422,41 @@ def space(
     path = table or shown.table_path
     latency_table = LatencyTable.load(path) if path is not None else None
     if not as_json:
-        typer.echo(describe_space(shown.space, latency_table, shown.networks))
+        _echo(describe_space(shown.space, latency_table, shown.networks))
     elif latency_table is None:
-        typer.echo(shown.space.to_json(), nl=False)
+        _echo(shown.space.to_json(), nl=False)
     else:
-        typer.echo(json.dumps(coverage(shown.space, latency_table, shown.networks), indent=1))
+        _echo(json.dumps(coverage(shown.space, latency_table, shown.networks), indent=1))
+
+
+@app.command()
+def data(
+    config: Config = None,
+    overrides: Set = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check the images of an experiment. Decodes all of them once; prints classes, sizes
+    and whatever would stop a later stage, and then exits with code 2.
+    """
+    from hwnas.data import summary
+    from hwnas.preflight import inspect_data, needed_stages
+    from hwnas.terminal import TerminalProgress
+
+    experiment = _experiment(config, overrides)
+    with _interruptible():
+        inspection = inspect_data(
+            experiment, needed_stages(experiment), TerminalProgress(quiet=quiet)
+        )
+    if as_json:
+        _echo(json.dumps(summary.as_json(inspection, experiment.data), indent=1))
+    elif quiet:
+        inspection.check()
+    else:
+        _echo(summary.as_text(inspection, experiment.data))
+    if inspection.problems:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -404,7 +472,7 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
     if as_json:
         documents = {name: device.model_dump(mode="json") for name, device in known.items()}
         states = {f"adb:{serial}": {"state": state} for serial, state in phones.items()}
-        typer.echo(json.dumps({**documents, **states}, indent=1))
+        _echo(json.dumps({**documents, **states}, indent=1))
         return
 
     rows = [(name, device.connection, device.soc) for name, device in known.items()]
@@ -413,7 +481,7 @@ def devices(as_json: Json = False, debug: Debug = False) -> None:
         rows.append(("adb", "adb", "an Android phone; `adb devices` lists none at the moment"))
     rows.append(("ssh:USER@HOST", "ssh", "any board or server that `ssh USER@HOST` reaches"))
     for name, connection, text in rows:
-        typer.echo(f"{name:20} {connection:10} {text}")
+        _echo(f"{name:20} {connection:10} {text}")
 
 
 @table_app.command("show")
@@ -424,9 +492,9 @@ def table_show(path: TableFile, as_json: Json = False, debug: Debug = False) -> 
 
     table = LatencyTable.load(path)
     if as_json:
-        typer.echo(table.to_json(), nl=False)
+        _echo(table.to_json(), nl=False)
     else:
-        typer.echo(describe_table(table))
+        _echo(describe_table(table))
 
 
 @table_app.command("import")
@@ -453,14 +521,14 @@ def table_import(
     if as_json:
         # "prices" is the old name of "entries", for one release
         result = {"path": str(out), "entries": count, "prices": count}
-        typer.echo(json.dumps({**result, "unmapped": imported.unmapped}))
+        _echo(json.dumps({**result, "unmapped": imported.unmapped}))
         return
 
     colon = ":" if imported.unmapped else ""
     unmapped_count = len(imported.unmapped)
-    typer.echo(f"{out}\n{count} entries; {unmapped_count} of the source not mapped{colon}")
+    _echo(f"{out}\n{count} entries; {unmapped_count} of the source not mapped{colon}")
     for name, reason in imported.unmapped.items():
-        typer.echo(f"  {name}: {reason}")
+        _echo(f"  {name}: {reason}")
 
 
 @table_app.command("compare")
@@ -471,14 +539,17 @@ def table_compare(a: TableFile, b: OtherTable, as_json: Json = False, debug: Deb
     import shutil
 
     from hwnas.core.table import LatencyTable
+    from hwnas.document import uncollected
     from hwnas.tables.compare import compare, describe_comparison
 
-    comparison = compare(LatencyTable.load(a), LatencyTable.load(b))
-    if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=1))
-    else:
-        width = shutil.get_terminal_size((100, 40)).columns
-        typer.echo(describe_comparison(comparison, width))
+    with uncollected():  # 100,000 ops are a million objects
+        comparison = compare(LatencyTable.load(a), LatencyTable.load(b))
+        if as_json:
+            text = json.dumps(comparison.to_dict(), indent=1)
+        else:
+            width = shutil.get_terminal_size((100, 40)).columns
+            text = describe_comparison(comparison, width)
+    _echo(text)
 
 
 @table_app.command("fit")
@@ -507,9 +578,9 @@ def table_fit(
     table = fit_from_csv(file, load_space(space_name), priors)
     table.save(out)
     if as_json:
-        typer.echo(json.dumps({"path": str(out), **table.provenance}))
+        _echo(json.dumps({"path": str(out), **table.provenance}))
         return
-    typer.echo(f"{out}\n{table.provenance['more_networks']}\n{table.provenance['prior_alone']}")
+    _echo(f"{out}\n{table.provenance['more_networks']}\n{table.provenance['prior_alone']}")
 
 
 def _study(
@@ -589,18 +660,18 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
     findings = examine()
     if as_json:
-        typer.echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
+        _echo(json.dumps([finding.__dict__ for finding in findings], indent=1))
     else:
         for finding in findings:
             state = "ok     " if finding.good else "MISSING"
-            typer.echo(f"{state} {finding.subject:18} {finding.text}")
+            _echo(f"{state} {finding.subject:18} {finding.text}")
     if not all(finding.good for finding in findings):
         raise typer.Exit(1)
 
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"hwnas {__version__}")
+        _echo(f"hwnas {__version__}")
         raise typer.Exit
 
 

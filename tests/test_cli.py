@@ -20,6 +20,7 @@ from hwnas import __version__, cli
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32, proxylessnas
 from hwnas.core.table import Entry, LatencyTable, TableHeader
+from hwnas.resources import resource_path
 
 COMMON = {"-s", "--out", "--fresh", "--resume", "--json", "-q", "-v", "--debug"}
 LOOK = {"--json", "--debug"}
@@ -35,6 +36,7 @@ VERBS = {  # frozen: new settings go into the configuration, not here
     "study compare": (["config"], COMMON),
     "study shrink": (["config"], COMMON),
     "space": (["config", "table"], LOOK | {"-s"}),
+    "data": (["config"], LOOK | {"-s", "-q"}),
     "devices": ([], LOOK),
     "doctor": ([], LOOK),
     "table show": (["path"], LOOK),
@@ -118,6 +120,32 @@ print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
     assert (lines[0], lines[-1]) == ("[]", "[]")
     for verb in VERBS:
         assert verb.split()[0] in done.stdout
+
+
+def test_spaces_and_tables_are_shown_without_pytorch() -> None:
+    """PyTorch takes seconds to import and half a gigabyte."""
+    table = resource_path("latency_tables/amd-epyc-2core/fbnet-litert-fp32-1t.json")
+    commands_of_no_network = [
+        ["space", "mobile32"],
+        ["space", "fbnet", str(table), "--json"],
+        ["table", "show", str(table)],
+        ["table", "compare", str(table), str(table)],
+        ["devices"],
+    ]
+    code = """
+import sys
+import hwnas.cli
+for arguments in {commands}:
+    sys.argv = ["hwnas", *arguments]
+    try:
+        hwnas.cli.main()
+    except SystemExit as exit_:
+        assert not exit_.code
+    heavy = [name for name in ("torch", "timm", "torchvision") if name in sys.modules]
+    assert not heavy, (arguments, heavy)
+"""
+    code = code.replace("{commands}", repr(commands_of_no_network))
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
 @pytest.mark.parametrize("verb", VERBS)

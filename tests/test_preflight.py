@@ -144,25 +144,25 @@ def test_settings_that_a_later_stage_cannot_use_are_refused_at_once(
         assert message in str(error)
 
 
-def test_data_that_contradict_each_other_or_the_settings_are_refused_at_once(
-    tmp_path: Path,
-) -> None:
-    different = write_folder(tmp_path / "apart", {"train": ("ant", "bee"), "val": ("ant", "cow")})
-    space = ["space.name=mobile32", "data.resolution=32"]
-    assert "differ in classes (bee, cow)" in refused(
-        tmp_path, *space, "data.name=folder", f"data.path={different}"
+def test_splits_that_do_not_agree_are_refused_at_once(tmp_path: Path) -> None:
+    apart = write_folder(tmp_path / "apart", {"train": ("ant", "bee"), "val": ("ant", "cow")})
+    of_space = ["space.name=mobile32", "data.resolution=32"]
+    assert "has images of 'cow', but train has no such class (val lacks 'bee')" in refused(
+        tmp_path, *of_space, "data.name=folder", f"data.path={apart}"
     )
     alike = write_folder(
         tmp_path / "alike", {"train": ("ant", "bee", "cow"), "val": ("ant", "bee", "cow")}
     )
-    message = refused(tmp_path, *space, "data.name=folder", f"data.path={alike}", "data.classes=4")
+    message = refused(
+        tmp_path, *of_space, "data.name=folder", f"data.path={alike}", "data.classes=4"
+    )
     assert (
         "has 3 class folders in train, but data.classes = 4: set it to 3, or leave it out"
         in message
     )
     missing = write_folder(tmp_path / "missing", {"train": ("ant", "bee")})
     assert "val does not exist: lay the images out as val/<class>/<image>" in refused(
-        tmp_path, *space, "data.name=folder", f"data.path={missing}"
+        tmp_path, *of_space, "data.name=folder", f"data.path={missing}"
     )
     path = write_npz(tmp_path / "npz", 10, test_classes=12)
     assert "labels 0 to 11, but data.classes = 10" in refused(

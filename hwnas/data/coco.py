@@ -16,10 +16,16 @@ accepted by its IoU with an object, as in SSD, not by how much of the object it 
 Images without objects are kept; they are background in training and in evaluation.
 Crowds are left out of training targets, which would treat them as single objects. The
 ground truth contains them, where they count neither for nor against a detection.
+
+Images in ``data.skip`` keep their places among the training images, so that all others
+keep theirs, whether the skipped files still exist or not. In the place of each, the next
+image of the split is read, with its boxes. The test split goes without them, and so does
+every evaluation.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -27,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision import tv_tensors
@@ -35,9 +41,19 @@ from torchvision.transforms import v2
 
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
-from hwnas.data.coco_file import Annotations, read_annotations
+from hwnas.data.coco_file import Annotations, Id, read_annotations, short, sort_key
+from hwnas.data.coco_paths import image_paths
+from hwnas.data.decoding import decode
 from hwnas.data.geometry import Geometry
-from hwnas.data.images import Batch, Images, Request, split_indices
+from hwnas.data.images import (
+    Batch,
+    Images,
+    Request,
+    are_skipped,
+    read_instead,
+    split_indices,
+)
+from hwnas.data.wording import listed, quoted, shown
 from hwnas.errors import DataError
 
 LARGEST = 4
@@ -55,6 +71,9 @@ class CocoImages(Images):
     that pad images with fewer than M objects. Boxes outside a crop and boxes smaller
     than a pixel of the network's input are left out. ``labels`` holds the class of
     every object, including crowds.
+
+    ``paths`` are the files of all images of ``annotations``, relative to ``data.path``,
+    and ``chosen`` the positions of those of the split, int64 [N].
     """
 
     geometry: Geometry
@@ -62,14 +81,19 @@ class CocoImages(Images):
     def __init__(
         self,
         annotations: Annotations,
+        paths: Sequence[str],
         chosen: np.ndarray,
-        folder: Path,
         config: DataConfig,
         augment: bool,
     ) -> None:
         self.annotations = annotations
-        self.chosen = chosen
-        self.folder = folder
+        self.root = data_folder(config)
+        self._files = [paths[position] for position in chosen]
+        self.skipped = are_skipped(self._files, config)
+        read = read_instead(self.skipped)
+        self.chosen = chosen = chosen[read]
+        self.paths = [self._files[position] for position in read]
+        """What is read for each image."""
         self.channels = config.channels
         self.geometry = geometry = Geometry.of(config)
         self.resizing = geometry.words
@@ -102,11 +126,31 @@ class CocoImages(Images):
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         """The classes of all objects of the images at ``indices``, image by image."""
-        # concatenate needs at least one array
-        classes = [np.empty(0, dtype=np.int64)]
-        for image in self.chosen[indices]:
-            classes.append(self.annotations.classes[self.annotations.objects(image)])
-        return np.concatenate(classes)
+        labels: np.ndarray = self.annotations.classes[
+            self.annotations.objects_of(self.chosen[indices])
+        ]
+        return labels
+
+    def files(self) -> list[str]:
+        """The images' files, relative to ``data.path``; with those in ``data.skip``."""
+        return self._files
+
+    def label_files(self) -> list[Path]:
+        """The annotation file."""
+        return [self.annotations.path]
+
+    def check_size(self, position: int, size: tuple[int, int]) -> None:
+        """Raise DataError if an image, which is stored with ``size`` (width, height) in
+        pixels, is annotated with another.
+        """
+        annotated = tuple(self.sizes[position].tolist())
+        if size != annotated:
+            raise DataError(
+                f"image {shown(str(self.root / self.paths[position]))} is {size[0]} x {size[1]}"
+                f" pixels as stored, but {self.annotations.path} says {annotated[0]} x"
+                f" {annotated[1]}, so its boxes would be in the wrong place: correct one of them,"
+                " and rotate images that rely on their EXIF orientation."
+            )
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         images: list[Tensor] = []
@@ -137,41 +181,22 @@ class CocoImages(Images):
             pixels, boxes, classes = self.transform(image, boxes, classes)
         return pixels, torch.cat([boxes, classes[:, None].float()], dim=1)
 
-    def _decoded(self, index: int) -> Image.Image:
-        """An image in the orientation in which it is stored, converted to RGB or grey. As
-        in torchvision, the EXIF orientation is ignored.
-        """
-        path = self.folder / self.annotations.file_names[self.chosen[index]]
-        try:
-            with Image.open(path) as image:
-                size = image.size
-                # an evaluated image is resized once, from all its pixels
-                if self.augment != "none":
-                    most = LARGEST * self.geometry.resolution
-                    image.thumbnail((most, most), Image.Resampling.BILINEAR)
-                decoded = image.convert("RGB" if self.channels == 3 else "L")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"image {path} does not decode ({error}): replace it, or remove it from"
-                f" {self.annotations.path}."
-            ) from error
-        if size != tuple(self.sizes[index]):
-            raise DataError(
-                f"image {path} is {size[0]} x {size[1]} pixels as stored, but"
-                f" {self.annotations.path} says {self.sizes[index][0]} x {self.sizes[index][1]}, so"
-                " its boxes would be in the wrong place: correct one of them, and rotate images"
-                " that rely on their EXIF orientation."
-            )
-        return decoded
+    def _decoded(self, index: int) -> Image:
+        """An image in the orientation in which it is stored, in RGB or grey."""
+        # an evaluated image is resized once, from all its pixels
+        most = None if self.augment == "none" else LARGEST * self.geometry.resolution
+        image, size = decode(self.root, self.paths[index], self.channels, most=most)
+        self.check_size(index, size)
+        return image
 
     def ground_truth(self, indices: Sequence[int] | np.ndarray | None = None) -> dict[str, Any]:
         """The COCO ground truth of the split, or of the images at ``indices``, for
-        ``coco_eval.evaluate`` to compare with.
+        ``coco_eval.evaluate`` to compare with. Images that are read in the place of others
+        are left out: they are already in it.
         """
-        chosen = self.chosen
-        if indices is not None:
-            chosen = chosen[indices]
-        return self.annotations.ground_truth(chosen.tolist())
+        positions = np.arange(len(self)) if indices is None else np.asarray(indices, np.int64)
+        kept = positions[~self.skipped[positions]]
+        return self.annotations.ground_truth(self.chosen[kept])
 
     def in_photograph(self, index: int, boxes: np.ndarray) -> np.ndarray:
         """Boxes [D, 4] in pixels of the network's input -> float64 [D, 4] in pixels of
@@ -187,8 +212,11 @@ class CocoImages(Images):
 
         ``boxes`` [D, 4] are x1, y1, x2, y2 in pixels of the network's input, and
         ``classes`` [D] are indices from 0. The rows have pixels of the stored image and
-        COCO's category ids.
+        the file's own ids. An image that is read in the place of another has none, see
+        ``ground_truth``.
         """
+        if self.skipped[index]:
+            return []
         x1, y1, x2, y2 = self.in_photograph(index, boxes).T
         bboxes = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1).tolist()
         score_list = np.asarray(scores, dtype=np.float64).tolist()
@@ -197,7 +225,7 @@ class CocoImages(Images):
         for bbox, score, label in zip(bboxes, score_list, class_list, strict=True):
             rows.append(
                 {
-                    "image_id": int(self.ids[index]),
+                    "image_id": self.ids[index],
                     "category_id": self.category_ids[label],
                     "bbox": bbox,
                     "score": score,
@@ -221,7 +249,7 @@ class _Crop(v2.RandomIoUCrop):  # type: ignore[misc]
 
 def coco(config: DataConfig, split: str, augment: bool) -> Images:
     """The training images (split into train and held-out) and the validation images
-    (the test split) below ``data.path``.
+    (the test split) below ``data.path``. Warns of categories that cannot be learned.
 
     Raises DataError if annotations or images are missing, or if the categories of the
     two parts or their number differ.
@@ -237,21 +265,56 @@ def coco(config: DataConfig, split: str, augment: bool) -> Images:
     train_name = _name(root, "train")
     if part == "val" and train_name is not None:
         _check_same_categories(annotations, read_annotations(_file(root, train_name)))
+    paths = image_paths(
+        annotations.file_names,
+        folder,
+        annotations.path,
+        skip=frozenset(config.skip),
+        allow_outside=config.allow_outside,
+    )
 
-    missing = [name for name in annotations.file_names if not (folder / name).is_file()]
-    if missing:
+    skipped = are_skipped(paths, config)
+    if split == "test":
+        chosen = np.flatnonzero(~skipped)
+    else:
+        chosen = split_indices(len(paths), config.held_out, split)
+        _warn_of_unlearnable(annotations, np.flatnonzero(~skipped))
+    # a split without images has other reasons
+    if skipped[chosen].all() and (len(chosen) or split == "test"):
         raise DataError(
-            f"{annotations.path} names {len(annotations.file_names)} images, of which"
-            f" {len(missing)} are not in {folder} (first: {missing[0]!r}): add them there, or"
-            " remove them from the file."
+            f"data.skip leaves no image of the {split} split in {annotations.path}: replace some"
+            " of the images, or skip fewer."
+        )
+    return CocoImages(annotations, paths, chosen, config, augment)
+
+
+def _warn_of_unlearnable(annotations: Annotations, images: np.ndarray) -> None:
+    """Warn if training ``images`` have no objects of some categories, or only crowds."""
+    names = list(annotations.categories.values())
+    rows = annotations.objects_of(images)
+    classes, crowds = annotations.classes[rows], annotations.crowds[rows]
+    objects = np.bincount(classes, minlength=len(names))
+    single = np.bincount(classes[~crowds], minlength=len(names))
+    without = [name for name, count in zip(names, objects, strict=True) if count == 0]
+    if without:
+        warnings.warn(
+            f"{annotations.path} has no objects of {len(without)} of its {len(names)} categories"
+            f" ({quoted(without)}), so the network cannot learn to find any: annotate some, or"
+            " remove the categories from the files of both parts.",
+            stacklevel=2,
+        )
+    only_crowds = np.flatnonzero((objects > 0) & (single == 0))
+    if len(only_crowds):
+        crowded = [names[label] for label in only_crowds]
+        warnings.warn(
+            f"{annotations.path} has only crowds (iscrowd = 1) of {len(crowded)} of its"
+            f" {len(names)} categories ({quoted(crowded)}), from which the network cannot learn:"
+            " annotate single objects, or remove the categories from the files of both parts.",
+            stacklevel=2,
         )
 
-    total = len(annotations.ids)
-    chosen = np.arange(total) if split == "test" else split_indices(total, config.held_out, split)
-    return CocoImages(annotations, chosen, folder, config, augment)
 
-
-def training_categories(config: DataConfig) -> dict[int, str]:
+def training_categories(config: DataConfig) -> dict[Id, str]:
     """Category id -> name of all classes of the training images."""
     annotations, _ = _annotated(data_folder(config), "train")
     return annotations.categories
@@ -291,9 +354,9 @@ def _check_same_categories(annotations: Annotations, train: Annotations) -> None
     """
     differing = annotations.categories.items() ^ train.categories.items()
     if differing:
-        ids = sorted({category_id for category_id, _ in differing})
+        ids = sorted({category_id for category_id, _ in differing}, key=sort_key)
         raise DataError(
             f"{annotations.path} and {train.path} differ in categories (ids"
-            f" {', '.join(map(str, ids[:3]))}), so classes would not agree: give both the same"
-            " list."
+            f" {listed([short(key) for key in ids])}), so classes would not agree: give both the"
+            " same list."
         )

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pydantic import BaseModel, ConfigDict, Field
 
+from hwnas.data.coco_file import sort_key
 from hwnas.errors import DataError
 
 
@@ -63,7 +64,8 @@ def evaluate(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
     rows of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
     All images count: in images without objects, every detection is wrong. Objects with
     ``iscrowd`` count neither for nor against a detection. Without any detection, AP is
-    0. Detections with a number that is not finite are dropped, because pycocotools
+    0. Ids may be integers of any size or strings; objects and detections with an id that
+    no image or category has do not count. Detections with a number that is not finite are dropped, because pycocotools
     would count them as matches.
 
     Raises DataError if the ground truth has no object to find.
@@ -85,10 +87,14 @@ def evaluate(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
     image_ids = {image["id"] for image in ground_truth["images"]}
     assert {row["image_id"] for row in detections} <= image_ids
 
+    images = _ranks(ground_truth["images"])
+    categories = _ranks(ground_truth["categories"])
     # pycocotools prints its progress
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
-            _indexed(ground_truth, annotations), _indexed(ground_truth, detections), "bbox"
+            _indexed(annotations, images, categories),
+            _indexed(detections, images, categories),
+            "bbox",
         )
         evaluation.evaluate()
         evaluation.accumulate()
@@ -98,7 +104,7 @@ def evaluate(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any
     # IoUs, recalls, classes, areas (the first: all), detections per image (the last: 100)
     precision_TRKAM = evaluation.eval["precision"]
     per_class: dict[str, float | None] = {}
-    for k, category_id in enumerate(evaluation.params.catIds):
+    for category_id, k in categories.items():
         per_class[names[category_id]] = _mean(precision_TRKAM[:, :, k, 0, -1])
     assert len(per_class) == len(names), "two categories have the same name"
 
@@ -116,20 +122,37 @@ def _mean(precision: np.ndarray) -> float | None:
     return float(defined.mean())
 
 
-def _indexed(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> COCO:
-    """Objects or detections in pycocotools' form.
+def _ranks(entries: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
+    """Id -> position in the sorted list of ids, numbers before strings.
+
+    pycocotools puts ids into arrays, in which large integers would be rounded. Ranks have
+    the order that its results depend on: that of the images decides between detections
+    with equal scores.
+    """
+    ids = sorted({entry["id"] for entry in entries}, key=sort_key)
+    return {key: rank for rank, key in enumerate(ids)}
+
+
+def _indexed(
+    rows: Sequence[Mapping[str, Any]], images: Mapping[Any, int], categories: Mapping[Any, int]
+) -> COCO:
+    """Objects or detections in pycocotools' form, with ranks as ids.
 
     pycocotools marks a match by the object's id, so it takes the id 0 for no match and
     mixes up equal ids. Rows are therefore numbered again, from 1.
     """
     annotations = []
     for number, row in enumerate(rows, 1):
+        image, category = images.get(row["image_id"]), categories.get(row["category_id"])
+        if image is None or category is None:
+            continue
         defaults = {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-        annotations.append({**defaults, **row, "id": number})
+        ranks = {"id": number, "image_id": image, "category_id": category}
+        annotations.append({**defaults, **row, **ranks})
     api = COCO()
     api.dataset = {
-        "images": ground_truth["images"],
-        "categories": ground_truth["categories"],
+        "images": [{"id": rank} for rank in images.values()],
+        "categories": [{"id": rank} for rank in categories.values()],
         "annotations": annotations,
     }
     api.createIndex()

@@ -1,24 +1,44 @@
-"""Image folders in ImageNet's layout: ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``."""
+"""Image folders in ImageNet's layout: ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``.
+
+They are torchvision's, without what people do not see there: hidden files and folders
+and those that systems leave behind are neither classes nor images.
+
+Images in ``data.skip`` keep their places among the training images, so that all others
+keep theirs, whether the skipped files still exist or not. Another image of the split is
+read in the place of each. The test split goes without them.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from PIL.Image import Image
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
+from hwnas.data.decoding import decode
 from hwnas.data.geometry import MODES, Geometry
-from hwnas.data.images import Batch, Images, Request, split_indices
+from hwnas.data.images import Batch, Images, Request, are_skipped, read_instead, split_indices
+from hwnas.data.wording import counted, quoted, shown
 from hwnas.errors import DataError
+
+SYSTEM_FOLDERS = (
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+)
+"""Folders that macOS, Synology, Windows and Linux make by themselves, besides hidden ones."""
 
 AREA = (0.08, 1.0)
 """Range of the random crops of ``imagenet``: part of the image's area (torchvision's
@@ -31,20 +51,24 @@ RATIO = (3 / 4, 4 / 3)
 class FolderImages(Images):
     """Images that are decoded on demand.
 
-    The augmentation ``imagenet`` trains on random crops of 0.08 to 1 of the area. The
-    geometry describes everything else.
+    ``chosen`` are the positions in ``listed`` of the split's own images, int64 [N]. The
+    augmentation ``imagenet`` trains on random crops of 0.08 to 1 of the area. The geometry
+    describes everything else.
     """
 
     geometry: Geometry
 
     def __init__(
-        self, folder: ImageFolder, chosen: np.ndarray, config: DataConfig, augment: bool
+        self, listed: Listed, chosen: np.ndarray, config: DataConfig, augment: bool
     ) -> None:
-        self.folder = folder
-        self.chosen = chosen
+        self.root = data_folder(config)
         self.channels = config.channels
-        self.labels = np.asarray(folder.targets, dtype=np.int64)[chosen]
-        self.names = tuple(folder.classes)
+        self._files = [listed.files[position] for position in chosen]
+        read = read_instead(are_skipped(self._files, config))
+        self.read = [self._files[position] for position in read]
+        self.labels = listed.labels[chosen][read]
+        self.names = listed.names
+        self.notes = listed.notes
         self.geometry = geometry = Geometry.of(config)
         self.resizing = geometry.words
         self.augment = config.augment if augment else "none"
@@ -56,6 +80,10 @@ class FolderImages(Images):
             ]
         )
 
+    def files(self) -> list[str]:
+        """The images' files, with those in ``data.skip``."""
+        return self._files
+
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         images = [self._image(index, draw) for index, draw in requests]
         labels = self.labels[[index for index, _ in requests]]
@@ -63,13 +91,7 @@ class FolderImages(Images):
 
     def _image(self, index: int, draw: int) -> torch.Tensor:
         """One image, augmented and normalised: float32 [C, size, size]."""
-        path, _ = self.folder.samples[self.chosen[index]]
-        try:
-            image = self.folder.loader(path).convert("RGB" if self.channels == 3 else "L")
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise DataError(
-                f"image {path} does not decode ({error}): replace or remove it."
-            ) from error
+        image, _ = decode(self.root, self.read[index], self.channels)
         # torchvision draws from the global generator, whose state must not change
         with torch.random.fork_rng(devices=[]):
             # the batch has one seed, so the index keeps its images apart
@@ -109,43 +131,178 @@ class FolderImages(Images):
         return crop
 
 
+class Listed(ImageFolder):  # type: ignore[misc]
+    """The images in the folder ``part`` below ``data.path``, in torchvision's order.
+
+    ``classes`` are the names of the class folders; None: those on disk. Images of the part
+    that are in ``skip`` are listed even if they do not exist.
+    """
+
+    def __init__(
+        self, root: Path, part: str, classes: Sequence[str] | None, skip: Sequence[str] = ()
+    ) -> None:
+        self.part = str(root / part)
+        self.given = classes
+        super().__init__(self.part, is_valid_file=self._is_image, allow_empty=True)
+        self.names = tuple(self.classes)
+        self.notes: tuple[str, ...] = ()
+        loose = loose_images(root / part)
+        if loose:
+            self.notes = (
+                f"{counted(loose, 'image')} directly in {shown(self.part)}, not in class folders:"
+                " ignored",
+            )
+
+        above = len(self.part) - len(part)
+        label_of = {path[above:].replace(os.sep, "/"): label for path, label in self.samples}
+        missing = {}
+        for name in set(skip).difference(label_of):
+            parts = PurePosixPath(name).parts
+            in_class = len(parts) > 2 and parts[0] == part and parts[1] in self.class_to_idx
+            if in_class and self._is_image(str(root / name)):
+                missing[name] = self.class_to_idx[parts[1]]
+        label_of |= missing
+
+        # torchvision lists class by class, and the files of one folder after another
+        def place(name: str) -> tuple[int, str, str]:
+            directory, _, file_name = name.rpartition("/")
+            return label_of[name], directory, file_name
+
+        self.files = sorted(label_of, key=place) if missing else list(label_of)
+        """Paths relative to ``data.path``."""
+        self.labels = np.array([label_of[name] for name in self.files], dtype=np.int64)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """The class folders, and their labels."""
+        classes = class_folders(Path(directory)) if self.given is None else [*self.given]
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def _is_image(self, path: str) -> bool:
+        parts = path[len(self.part) + 1 :].replace(os.sep, "/").split("/")
+        return bool(is_image_file(path)) and not any(map(_is_hidden, parts))
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the class folders in ``train`` or ``val``, sorted."""
+    with os.scandir(folder) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir()]
+    return sorted(name for name in folders if not _is_hidden(name))
+
+
+def loose_images(folder: Path) -> int:
+    """How many images are in ``train`` or ``val`` itself, where no class folder says what
+    they show.
+    """
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.is_dir()]
+    return sum(bool(is_image_file(name)) and not _is_hidden(name) for name in names)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
 def folder(config: DataConfig, split: str, augment: bool) -> Images:
     """The images in the folders ``train`` (split into train and held-out) and ``val``
     (the test split) below ``data.path``.
 
-    Raises DataError if a folder is missing or has no class folders with images, or if
-    the classes of the two differ.
+    Labels are positions in the sorted list of the class folders in ``train``; ``val`` may
+    lack some of them.
+
+    Raises DataError if a folder is missing or has no class folders with images, if a
+    class has no training images, or if ``val`` has a class that ``train`` lacks.
     """
-    part = "val" if split == "test" else "train"
-    root = data_folder(config) / part
+    root = data_folder(config)
     try:
-        images = ImageFolder(str(root))
-    except (FileNotFoundError, OSError) as error:
-        reason = "does not exist"
-        if root.is_dir():
-            reason = f"holds no class folders with images ({error})"
-        hint = ""
-        if (root.parent / "annotations").is_dir():
-            hint = " (a folder with annotations/ is data.name = 'coco')"
+        if split == "test":
+            listed = _test_images(root)
+            chosen = np.flatnonzero(~are_skipped(listed.files, config))
+        else:
+            listed = _training_images(root, config)
+            chosen = split_indices(len(listed.files), config.held_out, split)
+    except OSError as error:
         raise DataError(
-            f"{root} {reason}: lay the images out as {root.name}/<class>/<image>{hint}."
+            f"{shown(str(error.filename))} cannot be read ({error.strerror}): check its"
+            " permissions."
         ) from error
-
-    total = len(images.samples)
-    if split != "test":
-        return FolderImages(images, split_indices(total, config.held_out, split), config, augment)
-    # labels are positions in the sorted list of class folders
-    train = root.parent / "train"
-    if train.is_dir():
-        _check_same_classes(root, images.classes, find_classes(str(train))[0])
-    return FolderImages(images, np.arange(total), config, augment)
-
-
-def _check_same_classes(root: Path, classes: list[str], train_classes: list[str]) -> None:
-    """Raise DataError if the class folders of ``root`` differ from those of training."""
-    if classes != train_classes:
-        differing = ", ".join(sorted({*classes} ^ {*train_classes})[:3])
+    is_skipped = are_skipped(listed.files, config)[chosen]
+    if is_skipped.all() and (len(chosen) or split == "test"):
         raise DataError(
-            f"{root} and its train folder differ in classes ({differing}), so labels would not"
-            " agree: give both the same folders."
+            f"data.skip leaves no image of the {split} split in {shown(str(root))}: replace some of"
+            " the images, or skip fewer."
         )
+    return FolderImages(listed, chosen, config, augment)
+
+
+def _training_images(root: Path, config: DataConfig) -> Listed:
+    train = root / "train"
+    _check_exists(train)
+    listed = None
+    if class_folders(train):
+        listed = Listed(root, "train", None, config.skip)
+    if listed is None or not listed.files:
+        raise _no_images(train)
+
+    kept = set(listed.labels[~are_skipped(listed.files, config)].tolist())
+    empty = [name for label, name in enumerate(listed.names) if label not in kept]
+    if empty:
+        left = " besides those in data.skip" if config.skip else ""
+        raise DataError(
+            f"{shown(str(train))} has no images of {quoted(empty)}{left}: add some, or remove the"
+            " class folders."
+        )
+    return listed
+
+
+def _test_images(root: Path) -> Listed:
+    val, train = root / "val", root / "train"
+    _check_exists(val)
+    own = class_folders(val)
+    # without training classes, those of val are all there is to know
+    classes = (class_folders(train) if train.is_dir() else []) or own
+    others = [name for name in own if name not in set(classes)]
+    if others:
+        _check_empty(root, others, [name for name in classes if name not in set(own)])
+    listed = Listed(root, "val", classes) if classes else None
+    if listed is None or not listed.files:
+        raise _no_images(val)
+    return listed
+
+
+def _check_empty(root: Path, others: Sequence[str], lacking: Sequence[str]) -> None:
+    """Raise DataError if ``val`` has images of ``others``, which are no classes of
+    training. ``lacking`` are classes that it lacks.
+    """
+    found = Listed(root, "val", others)
+    labels = np.unique(found.labels)
+    if len(labels):
+        hint = f" (val lacks {quoted(lacking)})" if lacking else ""
+        raise DataError(
+            f"{shown(str(root / 'val'))} has images of {quoted([others[label] for label in labels])},"
+            f" but train has no such class{hint}: rename the folder as in train, or remove it."
+        )
+
+
+def _check_exists(part: Path) -> None:
+    if not part.is_dir():
+        reason = "is not a directory" if part.exists() else "does not exist"
+        raise DataError(f"{shown(str(part))} {reason}: {_layout(part)}.")
+
+
+def _no_images(part: Path) -> DataError:
+    """The error of ``train`` or ``val`` without images in class folders."""
+    loose = loose_images(part)
+    if not loose:
+        return DataError(f"{shown(str(part))} holds no class folders with images: {_layout(part)}.")
+    return DataError(
+        f"{shown(str(part))} holds {counted(loose, 'image')} directly, not in a folder per class (so"
+        f" are the validation images of ImageNet as downloaded): move them into folders,"
+        f" {part.name}/<class>/<image>."
+    )
+
+
+def _layout(part: Path) -> str:
+    layout = f"lay the images out as {part.name}/<class>/<image>"
+    if (part.parent / "annotations").is_dir():
+        layout += " (a folder with annotations/ is data.name = 'coco')"
+    return layout

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,8 @@ from hwnas.config import DataConfig
 from hwnas.data import DATASETS
 from hwnas.data.geometry import Geometry
 from hwnas.errors import DataError
+from hwnas.failures import is_out_of_memory
+from hwnas.interruption import ignore_in_loader
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Normalised images float32 [N, C, H, W] and labels int64 [N]; for detection, boxes
@@ -37,11 +40,13 @@ class Images(Dataset[Batch]):
     an image has any number of objects, ``labels`` is int64 [objects], and subclasses
     override ``__len__`` and ``labels_of``. ``resizing`` describes in words how an image
     is brought to the model's size, for users of an exported file; ``geometry`` does so
-    in numbers, if the data set has one.
+    in numbers, if the data set has one. ``notes`` are sentences about what is unusual in
+    the data but does not stop the work.
     """
 
     resizing: str
     geometry: Geometry | None = None
+    notes: tuple[str, ...] = ()
 
     labels: np.ndarray
     names: tuple[str, ...]
@@ -58,6 +63,22 @@ class Images(Dataset[Batch]):
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
         """Read a whole batch at once."""
 
+    def files(self) -> list[str]:
+        """The files of the images as paths relative to ``data.path``, in the order of the
+        images and with those in ``data.skip``. Empty if the images are no files of their
+        own.
+        """
+        return []
+
+    def label_files(self) -> list[Path]:
+        """The files that hold the labels, if the images are files of their own."""
+        return []
+
+    def check_size(self, position: int, size: tuple[int, int]) -> None:
+        """Raise DataError if the file at ``position`` in ``files``, which is stored with
+        ``size`` (width, height) in pixels, contradicts its labels.
+        """
+
 
 def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Images:
     """The images of ``split`` (``train``, ``held_out``, ``all`` or ``test``), checked
@@ -70,20 +91,25 @@ def load_images(config: DataConfig, split: str, *, augment: bool = False) -> Ima
     Raises DataError if there are no images or if labels exceed ``data.classes``.
     """
     images: Images = DATASETS.get(config.name)(config, split, augment)
+    check_images(images, config, split)
+    return images
+
+
+def check_images(images: Images, config: DataConfig, split: str) -> None:
+    """Raise DataError if there are no images or if labels exceed ``data.classes``."""
     if len(images) == 0:
         raise DataError(
             f"data {config.name!r} has no images in its {split} split: check data.path."
         )
     # in detection, all images of a part may be without objects
     if len(images.labels) == 0:
-        return images
+        return
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= config.classes:
         raise DataError(
             f"data {config.name!r} has labels {low} to {high}, but data.classes = {config.classes}:"
             f" set data.classes to {high + 1}."
         )
-    return images
 
 
 class Portion(Images):
@@ -123,6 +149,22 @@ def split_indices(total: int, held_out: float, split: str) -> np.ndarray:
     return np.sort(chosen)
 
 
+def are_skipped(files: Sequence[str], config: DataConfig) -> np.ndarray:
+    """Which files, as paths relative to ``data.path``, are in ``data.skip``: bool [N]."""
+    skip = frozenset(config.skip)
+    return np.array([file in skip for file in files], dtype=bool)
+
+
+def read_instead(skipped: np.ndarray) -> np.ndarray:
+    """The position to read for each image of a split, int64 [N]: its own, or for
+    ``skipped`` ones (bool [N], not all of them) that of the next one that is not.
+    """
+    kept = np.flatnonzero(~skipped)
+    following = np.searchsorted(kept, np.arange(len(skipped)))
+    # the first one follows the last one; without images, nothing does
+    return kept[following % max(1, len(kept))]
+
+
 class _Stream:
     """A batch sampler for the steps in ``steps``. One permutation per epoch after the
     other is cut into batches.
@@ -154,18 +196,23 @@ class _Stream:
 
 
 class _Carrying(Dataset[Any]):
-    """Returns a DataError instead of raising it: raised in a worker process, it would
-    arrive wrapped in that process's traceback.
+    """Returns errors that users read, instead of raising them: raised in a worker
+    process, they would arrive wrapped in that process's traceback.
     """
 
     def __init__(self, images: Images) -> None:
         self.images = images
 
-    def __getitems__(self, requests: Sequence[Request]) -> Batch | DataError:
+    def __getitems__(self, requests: Sequence[Request]) -> Batch | DataError | MemoryError:
         try:
             return self.images.__getitems__(requests)
         except DataError as error:
             return error
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # of this class, as those of numpy and torch are not made to be sent
+            return MemoryError(str(error))
 
 
 def _unchanged(batch: Any) -> Any:
@@ -183,9 +230,10 @@ def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Ite
         # a loader without a generator draws from the global one; when a resumed run makes
         # it in the middle of a step, that would change the step's dropout
         generator=torch.Generator(),
+        worker_init_fn=ignore_in_loader,
     )
     for batch in loader:
-        if isinstance(batch, DataError):
+        if isinstance(batch, DataError | MemoryError):
             raise batch
         yield batch
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from hwnas.data.images import (
     sampled_images,
     training_batches,
 )
-from hwnas.errors import DataError
+from hwnas.errors import DataError, UnreadableImageError
 from tests.data.scenes import WHITE, coco_config, load, scene, write_coco, write_json, write_scenes
 
 torch.set_num_threads(1)
@@ -494,10 +495,189 @@ def test_an_image_that_does_not_decode(tmp_path: Path, workers: int) -> None:
         victim.write_bytes(content)
         for augment in (True, False):
             images = load(coco_config(tmp_path, augment="ssd"), augment=augment)
-            with pytest.raises(DataError, match=r"does not decode .* replace it") as caught:
+            with pytest.raises(DataError, match=r"does not decode .* replace or") as caught:
                 list(training_batches(images, 2, seed=0, steps=range(0, 2), workers=workers))
             assert str(victim) in str(caught.value)
             assert "\n" not in str(caught.value)
+
+
+def test_16_bit_grey_images_keep_their_greys(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    write_coco(tmp_path, {"a.png": levels}, [(0, 3, [1, 1, 9, 9])])
+    x, _ = load(coco_config(tmp_path)).__getitems__([(0, 0)])
+    expected = torch.from_numpy((levels >> 8).astype(np.float32) / 255)
+    assert torch.allclose(x[0], expected.expand(3, 64, 64), atol=1e-6)
+
+
+def test_images_are_found_under_names_of_other_systems(tmp_path: Path) -> None:
+    """And their own names stay in the ground truth."""
+    red = scene(40, 20, ((255, 0, 0), [0, 0, 40, 20]))
+    path = write_coco(tmp_path, {"a b.png": red}, [(0, 3, [1, 1, 9, 9])])
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "data\\train\\a%20b.png"
+    write_json(tmp_path, content)
+    images = load(coco_config(tmp_path))
+    assert images.files() == ["train/a b.png"]
+    assert images.__getitems__([(0, 0)])[0][0, :, 10, 10].tolist() == [1, 0, 0]
+    assert images.ground_truth()["images"][0]["file_name"] == "data\\train\\a%20b.png"
+
+
+def test_images_elsewhere_need_a_permission(tmp_path: Path) -> None:
+    write_coco(tmp_path, {"a.png": scene(40, 20)}, [(0, 3, [1, 1, 9, 9])])
+    path = write_coco(tmp_path, {"b.png": scene(40, 20)}, [(0, 3, [1, 1, 9, 9])], "val")
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "../train/../val/b.png"
+    write_json(tmp_path, content)
+    with pytest.raises(DataError, match=r"lead out of .*data\.allow_outside = true"):
+        load(coco_config(tmp_path))
+    images = load(coco_config(tmp_path, allow_outside=True))
+    assert images.files() == ["train/../val/b.png"]
+    assert len(images.__getitems__([(0, 0)])[0]) == 1
+
+
+# images that are left out
+
+
+@pytest.fixture
+def coloured(tmp_path: Path) -> Path:
+    """Eight training images in grey 0, 20, ..., each with a box of its own width, and as
+    many for validation.
+    """
+    for part in ("train", "val"):
+        images, objects = {}, []
+        for number in range(8):
+            images[f"{number}.png"] = np.full((64, 64, 3), 20 * number, np.uint8)
+            objects.append((number, (3, 8)[number % 2], [0, 0, 10 + number, 20]))
+        write_coco(tmp_path, images, objects, part)
+    return tmp_path
+
+
+def shown_images(images: CocoImages) -> list[tuple[int, int, int]]:
+    """(number by its grey, number by its box, class) of every image."""
+    x, y = images.__getitems__([(index, 0) for index in range(len(images))])
+    greys = (x[:, 0, 0, 0] * 255 / 20).round().int().tolist()
+    widths = (y[:, 0, 2] - 10).round().int().tolist()
+    return list(zip(greys, widths, y[:, 0, 4].int().tolist(), strict=True))
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_another_image_is_trained_on_in_the_place_of_a_skipped_one(
+    coloured: Path, on_disk: bool
+) -> None:
+    """The next of its split with its box, so that all others keep their places, whether
+    the skipped file still exists or not.
+    """
+    skip = ("train/2.png", "train/3.png", "train/7.png", "val/0.png", "elsewhere.png")
+    usual = {split: load(coco_config(coloured), split) for split in ("all", "train", "held_out")}
+    if not on_disk:
+        for name in skip[:4]:
+            (coloured / name).unlink()
+    left = [0, 1, 4, 5, 6]
+    for split, whole in usual.items():
+        images = load(coco_config(coloured, skip=skip), split)
+        assert images.files() == whole.files()
+        own = [int(key) - 5 for key in whole.ids]
+        expected = []
+        for position in range(len(own)):
+            following = own[position:] + own[:position]
+            expected.append(next(number for number in following if number in left))
+        assert [grey for grey, _, _ in shown_images(images)] == expected
+        assert [width for _, width, _ in shown_images(images)] == expected
+        labels = [number % 2 for number in expected]
+        assert [label for _, _, label in shown_images(images)] == labels
+        assert images.labels.tolist() == labels
+        assert images.labels_of(np.array([0, 1])).tolist() == labels[:2]
+        for index, (width, height) in enumerate(images.sizes):
+            assert images.in_photograph(index, np.ones((1, 4))).shape == (1, 4)
+            assert (width, height) == (64, 64)
+
+
+def test_evaluations_go_without_skipped_images(coloured: Path) -> None:
+    """Neither in the test split nor in a training split does an image count twice."""
+    skip = ("train/2.png", "train/7.png", "val/0.png", "val/5.png")
+    config = coco_config(coloured, skip=skip)
+    test = load(config, "test")
+    assert test.files() == [f"val/{number}.png" for number in (1, 2, 3, 4, 6, 7)]
+    assert [grey for grey, _, _ in shown_images(test)] == [1, 2, 3, 4, 6, 7]
+    for images, left in ((test, 6), (load(config), 6)):
+        truth = images.ground_truth()
+        ids = [row["id"] for row in truth["images"]]
+        assert len(ids) == len({*ids}) == len(truth["annotations"]) == left
+        results = perfect_results(images)
+        assert sorted(row["image_id"] for row in results) == sorted(ids)
+        assert pytest.approx(1) == evaluate(truth, results).AP
+    assert load(config).ground_truth([1, 2])["images"][0]["id"] == 6
+    assert len(load(config).ground_truth([1, 2])["images"]) == 1
+
+
+def test_a_split_without_any_image_left_is_one_sentence(coloured: Path) -> None:
+    for part, split in (("val", "test"), ("train", "all")):
+        skip = tuple(f"{part}/{number}.png" for number in range(8))
+        with pytest.raises(DataError, match=f"data.skip leaves no image of the {split}"):
+            load(coco_config(coloured, skip=skip), split)
+
+
+def test_a_skipped_image_is_not_read(coloured: Path) -> None:
+    (coloured / "train" / "2.png").write_bytes(b"nothing")
+    images = load(coco_config(coloured))
+    with pytest.raises(UnreadableImageError) as caught:
+        images.__getitems__([(2, 0)])
+    assert caught.value.image == images.files()[2] == "train/2.png"
+    images = load(coco_config(coloured, skip=[caught.value.image]))
+    assert shown_images(images)[2] == shown_images(images)[3]
+
+
+def test_stored_sizes_are_checked_without_decoding(tmp_path: Path) -> None:
+    write_coco(tmp_path, {"a.png": scene(40, 20)}, [(0, 3, [1, 1, 9, 9])])
+    images = load(coco_config(tmp_path))
+    images.check_size(0, (40, 20))
+    with pytest.raises(DataError, match=r"a\.png is 20 x 40 .* says 40 x 20.*EXIF"):
+        images.check_size(0, (20, 40))
+    assert images.label_files() == [tmp_path / "annotations" / "instances_train.json"]
+
+
+# categories that nothing can be learned of
+
+
+def test_categories_without_objects_are_said_once(tmp_path: Path) -> None:
+    """As Roboflow's root category, which is no class at all."""
+    names = ["shapes", "square", "bar", "bird", "bee", "\x1b[2J"]
+    path = write_coco(
+        tmp_path,
+        {"a.png": scene(40, 20)},
+        [(0, 1, [1, 1, 9, 9]), (0, 2, [1, 1, 9, 9])],
+        categories=[{"id": key, "name": name} for key, name in enumerate(names)],
+    )
+    with pytest.warns(UserWarning) as caught:
+        load(coco_config(tmp_path, classes=6))
+    assert [str(warning.message) for warning in caught] == [
+        f"{path} has no objects of 4 of its 6 categories ('shapes', 'bird', 'bee' and 1 more), so"
+        " the network cannot learn to find any: annotate some, or remove the categories from the"
+        " files of both parts."
+    ]
+
+
+def test_categories_with_only_crowds_are_said_once(tmp_path: Path) -> None:
+    path = write_coco(
+        tmp_path, {"a.png": scene(40, 20)}, [(0, 3, [1, 1, 9, 9]), (0, 8, [1, 1, 9, 9])]
+    )
+    content = json.loads(path.read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    write_json(tmp_path, content)
+    with pytest.warns(UserWarning) as caught:
+        load(coco_config(tmp_path))
+    [message] = [str(warning.message) for warning in caught]
+    assert message.startswith(
+        f"{path} has only crowds (iscrowd = 1) of 1 of its 2 categories ('dog'), from which"
+    )
+
+
+def test_a_class_may_be_missing_in_validation(coloured: Path) -> None:
+    write_coco(coloured, {"0.png": scene(40, 20)}, [(0, 3, [1, 1, 9, 9])], "val")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(coco_config(coloured), "test")
+        load(coco_config(coloured), "all")
 
 
 def test_one_class(tmp_path: Path) -> None:

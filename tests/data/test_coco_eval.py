@@ -72,6 +72,23 @@ def test_pycocotools_stays_silent_and_changes_nothing(
     assert (ground_truth, results) == before
 
 
+@pytest.mark.parametrize("name", ["A_coco100_bbox", "C_small"])
+@pytest.mark.parametrize("renamed", ["{:020d}", "large"])
+def test_ids_of_any_kind_make_no_difference(fixtures: Path, name: str, renamed: str) -> None:
+    """Strings, and integers that are neighbours beyond what floats and NumPy can hold."""
+    ground_truth, results = (read(fixtures / file) for file in FIXTURES[name])
+    expected = evaluate(ground_truth, results)
+
+    def other(key: int) -> Any:
+        return 2**64 + key if renamed == "large" else renamed.format(key)
+
+    for row in (*ground_truth["images"], *ground_truth["categories"]):
+        row["id"] = other(row["id"])
+    for row in (*ground_truth["annotations"], *results):
+        row |= {"image_id": other(row["image_id"]), "category_id": other(row["category_id"])}
+    assert evaluate(ground_truth, results) == expected
+
+
 # by hand: images of 100 x 100 pixels, objects of 50 x 50
 
 
@@ -144,6 +161,12 @@ def test_objects_are_told_apart_whatever_their_ids() -> None:
             pytest.approx(51 / 101),
             pytest.approx(51 / 101),
         )
+
+
+def test_objects_of_unknown_categories_do_not_count() -> None:
+    ground_truth = truth((0, 0, BOX), (1, 7, BOX))
+    metrics = evaluate(ground_truth, detected((0, 0, BOX, 0.5), (1, 7, BOX, 0.9), (1, 8, BOX, 0.9)))
+    assert metrics.AP_per_class == {"cat": pytest.approx(1), "dog": None}
 
 
 def test_images_without_objects_count() -> None:

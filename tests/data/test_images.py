@@ -4,7 +4,6 @@ and every way a file can be wrong.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import subprocess
@@ -20,7 +19,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hwnas.config import DataConfig
-from hwnas.data import fingerprint
 from hwnas.data.images import (
     Batch,
     Images,
@@ -57,51 +55,6 @@ def in_order(images: Images, batch_size: int) -> Iterator[Batch]:
 
 
 # what makes a data set a different one
-
-
-READ = {
-    "npz": ("train.npz", "test.npz"),
-    "cifar10": ("cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/batches.meta"),
-    "folder": ("train/cat/0.png", "val/cat/1.png"),
-    "coco": ("annotations/instances_train.json", "train/0.png", "elsewhere/1.png"),
-    "of_a_plug_in": ("train.npz", "notes.txt"),
-}
-
-
-@pytest.mark.parametrize("name", READ)
-def test_the_fingerprint_covers_what_is_read(tmp_path: Path, name: str) -> None:
-    config = DataConfig(name=name, path=str(tmp_path), augment="none")
-    for file in READ[name]:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_bytes(file.encode())
-    seen = {fingerprint(config)}
-    (tmp_path / "unread.json").write_text("{}")
-    assert (fingerprint(config) in seen) == (name in ("npz", "cifar10", "folder"))
-    for file in READ[name]:
-        seen.add(fingerprint(config))
-        (tmp_path / file).write_bytes(b"other" + file.encode())
-        assert fingerprint(config) not in seen, file
-    (tmp_path / READ[name][0]).unlink()
-    assert fingerprint(config) not in seen
-
-
-def test_the_fingerprint_of_a_folder_without_unread_files_is_as_before(tmp_path: Path) -> None:
-    """Runs from before unread files were left out are still up to date."""
-    for part in ("train.npz", "test.npz"):
-        (tmp_path / part).write_bytes(part.encode())
-    lines = [
-        f"{part}:{hashlib.sha256(part.encode()).hexdigest()}\n"
-        for part in ("test.npz", "train.npz")
-    ]
-    assert (
-        fingerprint(DataConfig(name="npz", path=str(tmp_path)))
-        == hashlib.sha256(("npz" + "".join(lines)).encode()).hexdigest()
-    )
-
-
-def test_digits_have_one_fingerprint(tmp_path: Path) -> None:
-    (tmp_path / "unread.txt").write_text("x")
-    assert fingerprint(DataConfig(path=str(tmp_path))) == fingerprint(DataConfig())
 
 
 # digits

@@ -59,7 +59,22 @@ def test_boxes_are_fractions_of_the_image_without_its_border(tmp_path: Path) -> 
     assert [box.corners for box in picture.found] == [(0.25, 0.25, 0.5, 0.75), (0.5, 0.0, 1.0, 0.5)]
 
 
-def test_only_the_best_and_likely_boxes_are_shown(tmp_path: Path) -> None:
+def test_pictures_show_what_the_network_saw(tmp_path: Path) -> None:
+    """An image of 16 bits under a name from Windows, in the place of a skipped one."""
+    pixels = np.full((64, 64), 100 << 8, np.uint16)
+    path = write_coco(
+        tmp_path, {"a.png": pixels, "b.png": pixels, "c.png": scene(8, 8)}, [(1, 3, [0, 0, 32, 64])]
+    )
+    path.write_text(path.read_text().replace("b.png", "data\\\\train\\\\b.png"))
+    images = load(coco_config(tmp_path, skip=["train/a.png"]))
+    (picture,) = pictures_of(images, {0: nothing()}).pictures
+    assert [box.corners for box in picture.truth] == [(0.0, 0.0, 0.5, 1.0)]
+    greys = np.asarray(Image.open(io.BytesIO(picture.jpeg))).astype(int)
+    assert greys.shape == (64, 64, 3)
+    assert np.abs(greys - 100).max() < 3
+
+
+def test_only_the_best_and_the_likely_are_shown(tmp_path: Path) -> None:
     write_scenes(tmp_path)
     images = load(coco_config(tmp_path))
     scores = torch.linspace(0.99, 0.01, 50)
