@@ -11,6 +11,7 @@
 #     RUN begin NUMBER                   what the program prints follows
 #     RUN end NUMBER STATUS BYTES        its exit status, and (predict) the size of its output
 #     RUN failed REASON                  it cannot go on
+#     RUN damaged FILE                   nor with a file that arrived with another content than its name says
 #     RUN done                           the whole batch is through
 #
 # For Android's own shell and tools (mksh, toybox), and for any POSIX shell.
@@ -18,6 +19,7 @@
 cd "${0%/*}" || exit 1
 run=${PWD##*/}
 cd .. || exit 1
+umask 077 # nobody else reads or replaces what is measured
 
 say() {
     printf '\n%s %s\n' "$run" "$*" # on a line of its own, whatever the program left unfinished
@@ -57,8 +59,24 @@ release() {
 # What was pushed goes to its place in one step, so that nobody sees half of a file.
 place() {
     mkdir -p models
-    for file in "$run"/*.tflite; do [ -f "$file" ] && mv "$file" models/; done
-    for file in "$run"/benchmark_model-*; do [ -f "$file" ] && chmod 755 "$file" && mv "$file" .; done
+    for file in "$run"/*.tflite; do [ -f "$file" ] && check "$file" && mv "$file" models/; done
+    for file in "$run"/benchmark_model-*; do
+        [ -f "$file" ] && check "$file" && chmod 700 "$file" && mv "$file" .
+    done
+}
+
+# A file is named by its sha256, or the beginning of it: SHA256.tflite, benchmark_model-SHA.
+check() {
+    found=$(sha256sum < "$1" 2> /dev/null) || return 0 # old phones do not have it
+    wanted=${1##*/}
+    wanted=${wanted%.tflite}
+    wanted=${wanted#benchmark_model-}
+    case $found in
+        "$wanted"*) return 0 ;;
+    esac
+    release
+    say damaged "${1##*/}"
+    exit 1
 }
 
 measure() {

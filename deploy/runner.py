@@ -8,7 +8,7 @@ one runtime, and nothing from hwnas.
 
 ``measure`` reads a plan:
 
-    {"runtime": "litert" | "onnxruntime", "threads": 1, "cores": [0] | null,
+    {"runtime": "litert" | "onnxruntime", "threads": 1, "cores": [0] | null (not pinned),
      "warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200,
      "items": [{"id": "any", "path": "x.tflite", "round": 0, "input": "image.npy"}, ...]}
 
@@ -21,9 +21,10 @@ item, in the order of the plan, ``{"id", "round", "delegated", "ms": [every sing
 run]}``, with ``"input": "image"`` if an image was fed, or ``{"id", "round", "error"}``.
 Times are the wall-clock times of single invocations, in milliseconds. ``delegated``
 (LiteRT only) tells whether XNNPACK runs the whole graph: true, false, or "unknown" if
-the runtime does not reveal it. With several threads, idle-priority loops keep the
-pinned cores awake (see ``keep_awake``), and the line ``{"conditions": {"cores": "kept
-awake"}}`` follows the header.
+the runtime does not reveal it. The header's ``cores`` are those that this process may
+use; ``pinned`` tells whether that is because the plan names them. With several threads,
+idle-priority loops keep the pinned cores awake (see ``keep_awake``), and the line
+``{"conditions": {"cores": "kept awake"}}`` follows the header.
 
 ``predict`` feeds images [N, H, W, C] one by one and writes float32 outputs [N, ...]. It
 quantises inputs and dequantises outputs of int8 models, and transposes images to NCHW
@@ -42,14 +43,15 @@ the models:
 - ``predict MODEL - -`` reads a line with the shape and then the images from stdin, and
   writes the outputs to stdout in the same form: ``[2, 224, 224, 3]``, then float32
   values, little-endian. Uint8 images follow ``[2, 224, 224, 3, "uint8"]``.
-- ``--receive FOLDER``, for both, takes files first. It reads a line ``{"name": bytes,
-  ...}`` from stdin, writes a line with the names that FOLDER does not have in these
-  sizes to stdout, and then reads their contents, one after the other, from stdin. A
-  file is either complete or absent. Relative paths of models start in FOLDER, which is
-  relative to the home folder. Only one job at a time runs in FOLDER.
+- ``--receive FOLDER``, for both, takes files first. It reads a line ``{"name": [bytes,
+  "sha256"], ...}`` from stdin, writes a line with the names that FOLDER does not have
+  with these contents to stdout, and then reads their contents, one after the other,
+  from stdin. A file is either complete or absent. Relative paths of models start in
+  FOLDER, which is relative to the home folder, and which only this user can enter. Only
+  one job at a time runs in FOLDER.
 
-Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed, 4 FOLDER is
-not writable, or another job is running in it.
+Exit status: 0 done, 2 bad arguments or plan, 3 the runtime is not installed or too old, 4
+FOLDER is not writable or belongs to another user, or another job is running in it.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -64,6 +67,7 @@ import json
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -81,6 +85,7 @@ LOCK_SECONDS = 3  # a job whose connection was lost needs a moment to notice it
 LOCK = ".hwnas-lock"
 PART = ".hwnas-part"  # suffix of files that are not complete yet
 DEFAULTS = {"warmup_ms": 5, "min_ms": 20, "min_runs": 5, "max_runs": 200}
+SHOWN_CHARACTERS = 600  # of an error message; its cause may stand at its end
 WARMUP_RUNS = 2  # at least, whatever warmup_ms is: the first run allocates and packs weights
 
 
@@ -157,6 +162,8 @@ class OnnxModel:
     """An ONNX file on the CPU provider with all graph optimisations."""
 
     packages: ClassVar[dict[str, str]] = {"onnxruntime": "onnxruntime"}
+    # hwnas writes IR 8, opset 18, which 1.14 was the first to read
+    oldest: ClassVar[dict[str, list[int]]] = {"onnxruntime": [1, 14]}
     dtypes: ClassVar[dict[str, str]] = {
         "tensor(float)": "float32",
         "tensor(int8)": "int8",
@@ -233,6 +240,16 @@ def import_runtime(runtime: str) -> tuple[str, Any]:
             if version != "unknown":  # installed, so the user should know why it fails
                 broken.append(f"{package} {version} does not import ({one_sentence(error)})")
             continue
+        if version == "unknown":  # a build under another name, such as onnxruntime-gpu
+            version = str(getattr(module, "__version__", version))
+        # the targets of plug-ins need not set a limit
+        oldest = getattr(MODELS[runtime], "oldest", {}).get(package, [])
+        if numbers(version) and numbers(version) < oldest:
+            needed = ".".join(map(str, oldest))
+            reason = (
+                f"{package} {version} is too old for the files of hwnas; {needed} or later works"
+            )
+            raise Refusal(f"{reason}{remedy(f'{package}>={needed}', 'numpy')}", status=3)
         # Up to 2.14, tflite-runtime was built for numpy 1. With numpy 2, the import
         # works, but every model fails.
         old_build = package == "tflite-runtime" and [2] <= numbers(version) < [2, 15]
@@ -385,7 +402,10 @@ def pin(cores: Any) -> Any:
             os.sched_setaffinity(0, cores)
         except (OSError, TypeError, ValueError, OverflowError) as error:
             available = sorted(os.sched_getaffinity(0))
-            raise Refusal(f"Cannot run on cores {cores!r}; this machine has {available}") from error
+            raise Refusal(
+                f"Cannot run on cores {cores!r}; this machine has {available}: choose from these"
+                " with device.cores, or set device.cores = [] to let the system choose"
+            ) from error
     return sorted(os.sched_getaffinity(0))
 
 
@@ -432,6 +452,7 @@ def describe(plan: dict[str, Any], package: str, cores: Any) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": cpu_name(),
         "cores": cores,
+        "pinned": plan["cores"] is not None and isinstance(cores, list),
         "governor": ",".join(sorted(governors - {""})) or "unknown",
         "threads": plan["threads"],
     }
@@ -488,7 +509,7 @@ def measure(plan_path: str) -> None:
     model_class = MODELS[plan["runtime"]]
     package, module = import_runtime(plan["runtime"])
     emit(describe(plan, package, cores))
-    if plan["threads"] > 1 and keep_awake(cores):
+    if plan["threads"] > 1 and plan["cores"] is not None and keep_awake(cores):
         emit({"conditions": {"cores": "kept awake"}})
     # As timeit does. Models are freed by their reference counts.
     gc.disable()
@@ -529,7 +550,11 @@ def emit(line: Any) -> None:
 
 
 def one_sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"
+    text = " ".join(str(error).split()) or "no message"
+    if len(text) > SHOWN_CHARACTERS:
+        # Messages of C++ begin with what was attempted and end with why it failed.
+        text = f"{text[: SHOWN_CHARACTERS // 3]} ... {text[-(2 * SHOWN_CHARACTERS // 3) :]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def predict(model_path: str, inputs_path: str, outputs_path: str, threads: int) -> None:
@@ -608,16 +633,18 @@ def inspect() -> None:
 
 
 def enter(folder: str) -> None:
-    """Make this the working folder, and lock it for as long as this process lives. Raises
-    Refusal if another job holds the lock.
+    """Make this the working folder, close it to other users, and lock it for as long as
+    this process lives. Raises Refusal if another job holds the lock.
     """
     import fcntl  # Windows does not have it, and only --receive needs it
 
     path = os.path.join(os.path.expanduser("~"), os.path.expanduser(folder))
+    os.umask(0o077)
     try:
         os.makedirs(path, exist_ok=True)
         os.chdir(path)
-        lock = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        keep_private(path)
+        lock = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise Refusal(f"Cannot use the folder {path}: {error.strerror}", status=4) from error
     give_up = time.monotonic() + LOCK_SECONDS
@@ -642,31 +669,43 @@ def enter(folder: str) -> None:
         os.write(lock, b"%d\n" % os.getpid())
 
 
+def keep_private(path: str) -> None:
+    """Close the working folder, which is ``path``, to other users. Raises Refusal if it
+    belongs to another one, who could replace the files in it, or to all users.
+    """
+    state = os.stat(".")
+    remedy = "set the device option folder to one of your own"
+    if state.st_uid != os.geteuid():
+        raise Refusal(f"The folder {path} belongs to another user: {remedy}", status=4)
+    if state.st_mode & stat.S_ISVTX:  # like /tmp, which must stay open to everybody
+        raise Refusal(f"The folder {path} is shared by all users: {remedy}", status=4)
+    # a home folder may be open on purpose, and our files in it are closed anyway
+    is_home = os.path.samefile(".", os.path.expanduser("~"))
+    if stat.S_IMODE(state.st_mode) & (stat.S_IRWXG | stat.S_IRWXO) and not is_home:
+        os.chmod(".", stat.S_IRWXU)
+
+
 def receive() -> None:
     """Receive the files announced on stdin that the working folder does not have yet."""
     try:
         announced = json.loads(sys.stdin.buffer.readline())
-        sizes = {str(name): int(size) for name, size in announced.items()}
+        wanted = {str(name): (int(size), str(digest)) for name, (size, digest) in announced.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise Refusal(
             f"The announced files are not JSON in the documented format: {error}"
         ) from error
     # Plain names only: no path may lead out of the folder, and no name may hide the lock.
-    invalid = [name for name in sizes if os.path.basename(name) != name or name[:1] in (".", "")]
+    invalid = [name for name in wanted if os.path.basename(name) != name or name[:1] in (".", "")]
     if invalid:
         raise Refusal(f"{invalid[0]!r} is not a valid name for a file in {os.getcwd()}")
-    missing = []
-    for name, size in sizes.items():
-        complete = os.path.isfile(name) and os.path.getsize(name) == size
-        if not complete:
-            missing.append(name)
+    missing = [name for name in wanted if not is_stored(name, *wanted[name])]
     emit(missing)
     try:
         for name in os.listdir("."):
             if name.endswith(PART):  # left behind when the machine was switched off
                 os.unlink(name)
         for name in missing:
-            store(name, sizes[name])
+            store(name, *wanted[name])
     except OSError as error:
         here = shlex.quote(os.getcwd())
         reason = f"Cannot write to {os.getcwd()} ({error.strerror})"
@@ -677,7 +716,27 @@ def receive() -> None:
         ) from error
 
 
-def store(name: str, size: int) -> None:
+def is_stored(name: str, size: int, digest: str) -> bool:
+    """Whether a file is there with this content. Its name alone proves nothing: a card
+    that is wearing out returns other bytes than were written.
+    """
+    try:
+        if os.path.getsize(name) != size:
+            return False
+        return sha256_of(name) == digest
+    except OSError:
+        return False
+
+
+def sha256_of(name: str) -> str:
+    digest = hashlib.sha256()
+    with open(name, "rb") as file:
+        for content in iter(lambda: file.read(1 << 20), b""):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def store(name: str, size: int, digest: str) -> None:
     """Write the next ``size`` bytes of stdin to a file."""
     try:
         with open(name + PART, "wb") as file:
@@ -686,6 +745,12 @@ def store(name: str, size: int) -> None:
                 if not content:
                     raise Refusal(f"The connection ended in the middle of {name}")
                 size -= file.write(content)
+        if sha256_of(name + PART) != digest:
+            raise Refusal(
+                f"{name} was damaged on its way to {os.getcwd()}: run the command again, and check"
+                " the disk if that happens again",
+                status=4,
+            )
         os.replace(name + PART, name)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -43,9 +43,10 @@ def examine() -> list[Finding]:
         path = resource_path(name)
         findings.append(Finding(f"{name}/", path.is_dir(), str(path)))
     # what follows needs the packages, and would only repeat that they are missing
-    if all(finding.good for finding in findings):
+    complete = all(finding.good for finding in findings)
+    if complete:
         findings.append(_torch())
-    if findings[-1].good:
+    if complete and findings[-1].good:
         findings += [_runtime("litert"), _runtime("onnxruntime")]
     findings.append(_cores())
     findings.append(

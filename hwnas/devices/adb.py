@@ -18,6 +18,7 @@ options, and where to get the tool.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ from hwnas.config import Section
 from hwnas.devices import benchmark_model as tool
 from hwnas.devices.adb_client import AdbClient, PhoneGoneError, check_serial, choose
 from hwnas.devices.adb_session import AdbSession, Ended, Program, ask, find_program, guide
-from hwnas.devices.device import Device
+from hwnas.devices.device import Device, pinned_cores
 from hwnas.devices.phone import PhoneState
 from hwnas.document import explain
 from hwnas.errors import ConfigError, DeviceError
@@ -54,6 +55,9 @@ ATTEMPTS = 3
 """After this many losses of the phone without a new row in between, the run fails."""
 
 LOW_BATTERY_PERCENT = 15
+
+UNPINNED = "set device.cores = [] to let Android choose"
+"""What to do if a phone cannot pin a program to a core."""
 
 Row = dict[str, Any]
 
@@ -115,22 +119,17 @@ class Adb:
 
     def cores(self, threads: int) -> tuple[int, ...]:
         """The cores of the device document, or else the fastest ones of the phone. Empty if
-        the phone does not list its cores: Android then chooses.
+        the document says not to pin, or if the phone does not list its cores: Android then
+        chooses.
 
         Raises DeviceError if there are fewer than ``threads``.
         """
-        cores = self.device.cores
-        if not cores:
-            state = ask(self._phone())
-            if not state.cores:
-                return ()
-            cores = state.fastest(threads)
-        if len(cores) < threads:
-            raise DeviceError(
-                f"device.threads = {threads} needs {threads} cores, but {self.device.id} has only"
-                f" {len(cores)}: lower device.threads."
-            )
-        return cores
+        if self.device.cores is not None:
+            return pinned_cores(self.device, threads, tuple)
+        state = ask(self._phone())
+        if not state.cores:
+            return ()
+        return pinned_cores(self.device, threads, lambda: state.fastest(threads))
 
     def runtimes(self) -> dict[str, str]:
         """LiteRT only, the version that is linked into the tool."""
@@ -185,7 +184,7 @@ class Adb:
         if available and missing:
             raise DeviceError(
                 f"cannot run on core {missing[0]} of {self.device.id}: choose from its cores"
-                f" {', '.join(map(str, available))}."
+                f" {', '.join(map(str, available))} with device.cores, or {UNPINNED}."
             )
         yield {
             "runner": 1,
@@ -198,6 +197,7 @@ class Adb:
             "cores": list(cores) or "unknown",
             "governor": state.governor(cores),
             "threads": plan["threads"],
+            "pinned": bool(cores),
         }
         yield {"conditions": state.conditions(cores)}
         if state.battery_percent is not None and state.battery_percent < LOW_BATTERY_PERCENT:
@@ -273,11 +273,23 @@ class Adb:
             try:
                 measured.append(tool.parse(ended.lines, ended.status, self.options.delegate))
             except tool.BenchmarkError as error:
+                self._check_pinning(error, cores)
                 failed.add(ended.number)
                 yield {**_named(item), "error": str(error)}
                 continue
             if len(measured) == count:
                 yield {**_named(item), **self._values(measured)}
+
+    def _check_pinning(self, error: tool.BenchmarkError, cores: Sequence[int]) -> None:
+        """Raise DeviceError if a process failed because it cannot be pinned to ``cores``,
+        which has nothing to do with its model.
+        """
+        if cores and re.search(r"\btaskset\b", str(error)):
+            names = ", ".join(map(str, cores))
+            raise DeviceError(
+                f"{self.device.id} cannot pin a program to the cores {names} ({error}): choose"
+                f" others with device.cores if these are switched off, or {UNPINNED}."
+            ) from error
 
     def _values(self, timings: Sequence[tool.Timing]) -> Row:
         """The part of an item's row that its processes measured."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from hwnas.devices.messages import last_line
 from hwnas.errors import ConfigError, DeviceError
 
 SERIAL = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:%()\[\] -]*")
@@ -310,7 +311,5 @@ def _merged(command: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    if not lines:
-        return "it gave no reason."
-    return lines[-1].removeprefix("adb: ").removeprefix("error: ")
+    said = last_line(text).removeprefix("adb: ").removeprefix("error: ")
+    return said or "it gave no reason."

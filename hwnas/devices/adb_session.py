@@ -22,6 +22,8 @@ from typing import Self
 
 from hwnas.devices import benchmark_model as tool
 from hwnas.devices.adb_client import AdbClient, PhoneGoneError
+from hwnas.devices.device import expanded
+from hwnas.devices.messages import excerpt
 from hwnas.devices.phone import QUESTIONS, PhoneState, read
 from hwnas.document import file_sha256
 from hwnas.errors import DeviceError, StorageError
@@ -39,6 +41,8 @@ PROGRAMS = ("android_aarch64_benchmark_model", "benchmark_model")
 download.
 """
 SCRIPT = "android.sh"
+SHARED_FOLDER = "/data/local/tmp"
+"""The folder on a phone in which all programs of adb's user keep files."""
 
 
 def guide() -> Path:
@@ -93,14 +97,16 @@ def find_program(named: str | None) -> Program:
             "LiteRT's benchmark_model for Android was not found: set $HWNAS_BENCHMARK_MODEL or the"
             f" device option benchmark_model to its path; {guide()} explains where to get it."
         )
-    program = Path(path).expanduser()
+    program = expanded(path)
     try:
         with open(program, "rb") as file:
             head = file.read(20)
         return Program(program, file_sha256(program), tool.abi(head))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = excerpt(str(program))
         raise DeviceError(
-            f"benchmark_model = {program} cannot be read ({error.strerror}): correct the path;"
+            f"benchmark_model = {shown} cannot be read ({reason}): correct the path;"
             f" {guide()} explains where to get the program."
         ) from error
 
@@ -143,6 +149,9 @@ class AdbSession:
         self._on_phone: dict[str, int] = {}
         """Name -> size in bytes of the files on the phone."""
         self._to_send: dict[str, Path] = {}
+        self._unverified: dict[str, Path] = {}
+        """The files of this call that were on the phone before, to be verified by ``send``."""
+        self._verified: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -161,8 +170,9 @@ class AdbSession:
             self._on_phone = self._prepare()
             # the script always, so that it is never an old version
             self._to_send = {SCRIPT: resource_path("deploy") / SCRIPT}
-            if self._on_phone.get(self.program.name) != self.program.path.stat().st_size:
-                self._to_send[self.program.name] = self.program.path
+            self._unverified = {}
+            self._verified = set()
+            self._queue(self.program.name, self.program.path)
         assert self._state is not None
         return self._state
 
@@ -176,19 +186,23 @@ class AdbSession:
         self._state = None
 
     def _prepare(self) -> dict[str, int]:
-        """Create our folders, and remove those of interrupted calls. Returns name -> size in
-        bytes of the files on the phone. Raises DeviceError if the folder is not writable.
+        """Create our folders, closed to other users, and remove those of interrupted calls.
+        Returns name -> size in bytes of the files on the phone. Raises DeviceError if the
+        folder is not writable.
         """
         folder, run = shlex.quote(self.folder), shlex.quote(self.name)
+        # the folder of all programs must stay open to them
+        closed = "." if self.folder != SHARED_FOLDER else ""
         answer = self.client.shell(
-            f"mkdir -p {folder}/models {folder}/{run} && cd {folder} && {{ find . -maxdepth 1 -name"
+            f"umask 077; mkdir -p {folder}/models {folder}/{run} && cd {folder} &&"
+            f" chmod 700 models {run} {closed} && {{ find . -maxdepth 1 -name"
             " 'run-*' -mtime +1 -exec rm -rf {} + ; stat -c '%s %n' benchmark_model-* models/* ;"
             " echo ready ; }"
         )
         rows = [line.split() for line in answer.splitlines()]
         if ["ready"] not in rows:
             first = (line.strip() for line in answer.splitlines() if line.strip())
-            reason = next(first, "it gave no reason")
+            reason = excerpt(next(first, "it gave no reason"))
             raise DeviceError(
                 f"cannot write to {self.folder} on phone {self.client.serial}: {reason}."
             )
@@ -204,12 +218,53 @@ class AdbSession:
         name on the phone. Raises OSError.
         """
         name = f"{file_sha256(model)}.tflite"
-        if self._on_phone.get(name) != model.stat().st_size:
-            self._to_send[name] = model
+        self._queue(name, model)
         return name
 
+    def _queue(self, name: str, path: Path) -> None:
+        """Queue a file for the next ``send`` unless one of its size is on the phone, which
+        then has to be verified.
+        """
+        if self._on_phone.get(name) != path.stat().st_size:
+            self._to_send[name] = path
+        elif name not in self._verified:
+            self._unverified[name] = path
+
+    def _queue_damaged(self) -> None:
+        """Queue the files that are on the phone with another content than their names say.
+        If the phone has no sha256sum, these are all files.
+        """
+        if not self._unverified:
+            return
+        places = {name: self._place(name) for name in self._unverified}
+        answer = self.client.shell(
+            f"cd {shlex.quote(self.folder)} && {shlex.join(['sha256sum', *places.values()])}"
+        )
+        hashes = {}
+        for row in map(str.split, answer.splitlines()):
+            if len(row) == 2:
+                found, place = row
+                hashes[place] = found
+        for name, path in self._unverified.items():
+            if hashes.get(places[name]) == self._sha256(name):
+                self._verified.add(name)
+            else:
+                self._to_send[name] = path
+        self._unverified = {}
+
+    def _place(self, name: str) -> str:
+        """Where a file is on the phone, relative to our folder."""
+        return name if name == self.program.name else f"models/{name}"
+
+    def _sha256(self, name: str) -> str:
+        """The hash of the content that the file of this name must have."""
+        return self.program.sha256 if name == self.program.name else name.partition(".")[0]
+
     def send(self, texts: Mapping[str, bytes]) -> None:
-        """Push all queued files and these small ones (name -> content), in one call of adb."""
+        """Push all queued files and these small ones (name -> content), in one call of adb.
+        Files that were damaged on the phone are pushed again.
+        """
+        self._queue_damaged()
         with TemporaryDirectory(dir=self.work, prefix=".adb-") as folder:
             local = Path(folder)
             try:
@@ -225,6 +280,8 @@ class AdbSession:
                 [local / name for name in (*self._to_send, *texts)], f"{self.folder}/{self.name}"
             )
         self._on_phone |= {name: path.stat().st_size for name, path in self._to_send.items()}
+        # the script verifies them before it uses them
+        self._verified |= self._to_send.keys()
         self._to_send = {}
 
     def receive(self, name: str) -> bytes:
@@ -237,8 +294,8 @@ class AdbSession:
         """Run the script. Yields each process as it ends, and None while another call's
         batch runs first.
 
-        Raises PhoneGoneError if the script does not finish, DeviceError if the phone is
-        full.
+        Raises PhoneGoneError if the script does not finish, DeviceError if the phone is full
+        or a file was damaged on its way.
         """
         lines: deque[str] = deque(maxlen=OUTPUT_LINES)
         command = shlex.join(["sh", f"{self.folder}/{self.name}/{SCRIPT}", *arguments])
@@ -256,12 +313,17 @@ class AdbSession:
                 return
             elif words[0] == "failed":
                 raise DeviceError(
-                    f"phone {self.client.serial}: {' '.join(words[1:])}: free some space on it, and"
+                    f"phone {self.client.serial}: {excerpt(' '.join(words[1:]))}: free some space on it, and"
                     " run the command again."
+                )
+            elif words[0] == "damaged":
+                raise DeviceError(
+                    f"{excerpt(words[1])} was damaged on its way to phone {self.client.serial}: run the"
+                    " command again, with another cable if that happens again."
                 )
             else:
                 lines.clear()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         raise PhoneGoneError(
-            f"phone {self.client.serial} stopped in the middle; its last output was {last[:100]!r}."
+            f"phone {self.client.serial} stopped in the middle; its last output was {excerpt(last)!r}."
         )

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from hwnas.devices.messages import excerpt
 from hwnas.errors import DeviceError
 
 DELEGATES = {
@@ -192,7 +193,7 @@ def complaint(lines: Sequence[str], status: int) -> str:
         for line in lines
         if _is_complaint(line)
     ]
-    reason = "; ".join(dict.fromkeys(complaints))[:300] or _last(lines)
+    reason = excerpt("; ".join(dict.fromkeys(complaints))) or _last(lines)
     # A shell reports death by a signal as 128 + its number, and a program that cannot be
     # started as 126 or 127.
     if status > 128:
@@ -212,7 +213,7 @@ def _is_complaint(line: str) -> bool:
 
 def _last(lines: Sequence[str]) -> str:
     kept = [line.strip() for line in lines if line.strip()]
-    return kept[-1][:120] if kept else "nothing"
+    return excerpt(kept[-1]) if kept else "nothing"
 
 
 def abi(head: bytes) -> str | None:

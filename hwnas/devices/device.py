@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from pydantic import AfterValidator
 
+from hwnas.config.tables import CoreIndex
 from hwnas.devices import CONNECTIONS
 from hwnas.document import Document, nearest
-from hwnas.errors import ConfigError
+from hwnas.errors import ConfigError, DeviceError
+from hwnas.printable import quoted
 from hwnas.resources import resource_path
+
+
+def _printable(text: str) -> str:
+    """The text itself. Raises ValueError if it could do something to the terminal."""
+    if not text.isprintable():
+        raise ValueError("holds a character that cannot be displayed; leave it out")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_printable)]
 
 
 class Device(Document):
     """A device: its name in tables, its chip, the connection to it, and the cores that
-    measurements use.
+    measurements use. Without ``cores``, they are the last or the fastest ones; with
+    ``[]``, measurements are not pinned, and the device's system chooses.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.device"
 
-    id: str
-    soc: str
-    connection: str
+    id: Name
+    soc: Name
+    connection: Name
     options: dict[str, str] = {}
-    cores: tuple[int, ...] | None = None
-    governor: str = "unknown"
+    cores: tuple[CoreIndex, ...] | None = None
+    governor: Name = "unknown"
 
 
 class Connection(Protocol):
@@ -42,7 +56,7 @@ class Connection(Protocol):
     """
 
     def cores(self, threads: int) -> tuple[int, ...]:
-        """The cores to pin ``threads`` threads to."""
+        """The cores to pin ``threads`` threads to. Empty: not pinned."""
 
     def runtimes(self) -> dict[str, str]:
         """The runtimes that work on the device: the name that plans use -> package and
@@ -67,6 +81,54 @@ class Connection(Protocol):
         """
 
 
+@runtime_checkable
+class Explaining(Protocol):
+    """A connection that can tell why runtimes do not work on its device."""
+
+    def missing(self) -> dict[str, str]:
+        """The runtimes that do not work -> a sentence that says why, and how to install
+        it. Raises DeviceError.
+        """
+
+
+def pinned_cores(
+    device: Device, threads: int, available: Callable[[], Sequence[int]]
+) -> tuple[int, ...]:
+    """The cores to pin ``threads`` threads to: those of the device document, or else the
+    last of the ``available`` ones. Empty if the document says not to pin.
+
+    Raises DeviceError if there are fewer than ``threads``.
+    """
+    if device.cores == ():
+        return ()
+    # the last cores, because the first one serves the system's interrupts
+    cores = device.cores or tuple(available()[-threads:])
+    if len(cores) < threads:
+        raise DeviceError(
+            f"device.threads = {threads} needs {threads} cores, but {device.id} has only"
+            f" {len(cores)}: lower device.threads."
+        )
+    return cores
+
+
+def expanded(path: str) -> Path:
+    """A path of a device document, whose ``~`` is the home folder. That of a user who does
+    not exist stays as it is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_file(path: str) -> bool:
+    """Whether a path of a device document is a file, whatever it consists of."""
+    try:
+        return expanded(path).is_file()
+    except OSError:  # longer than any path
+        return False
+
+
 HOST = Device(id="host", soc="this computer", connection="host")
 ADDRESSES = {"ssh": "host", "adb": "serial"}
 """Connections that need no device document -> the option that holds the address, the
@@ -89,7 +151,8 @@ def find_device(name: str) -> Device:
 
     Raises ConfigError if nothing matches.
     """
-    if Path(name).suffix == ".json":
+    is_path = Path(name).suffix == ".json" and "\0" not in name  # which no path can hold
+    if is_path:
         return Device.load(name)
     devices = known_devices()
     if name in devices:
@@ -105,7 +168,7 @@ def find_device(name: str) -> Device:
             options=options,
         )
     raise ConfigError(
-        f"unknown device {name!r}; {nearest(name, devices)} Use ssh:USER@HOST or adb:SERIAL for a"
+        f"unknown device {quoted(name)}; {nearest(name, devices)} Use ssh:USER@HOST or adb:SERIAL for a"
         " device without a document, or give the path of a document (*.json)."
     )
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from hwnas.config import TARGETS
-from hwnas.devices.device import Device
+from hwnas.devices.device import Device, pinned_cores
+from hwnas.devices.messages import last_line
 from hwnas.document import write_atomic
 from hwnas.errors import DeviceError, StorageError
 from hwnas.resources import resource_path
+
+SILENT = "it gave no reason."
 
 
 class Host:
@@ -41,23 +45,26 @@ class Host:
 
     def cores(self, threads: int) -> tuple[int, ...]:
         """The cores of the device document, or else the last ones that this process may
-        use. Raises DeviceError if there are fewer than ``threads``.
+        use. Empty if the document says not to pin. Raises DeviceError if there are fewer
+        than ``threads``.
         """
-        allowed = list(range(os.cpu_count() or 1))
-        if hasattr(os, "sched_getaffinity"):  # only Linux has it
-            allowed = sorted(os.sched_getaffinity(0))
-
-        # the last cores, because the first one serves the system's interrupts
-        cores = self.device.cores or tuple(allowed[-threads:])
-        if len(cores) < threads:
-            raise DeviceError(
-                f"device.threads = {threads} needs {threads} cores, but {self.device.id} has only"
-                f" {len(cores)}: lower device.threads."
-            )
-        return cores
+        return pinned_cores(self.device, threads, _allowed_cores)
 
     def runtimes(self) -> dict[str, str]:
         """The runtimes that are installed in this Python environment."""
+        runtimes: dict[str, str] = self._inspected["runtimes"]
+        return runtimes
+
+    def missing(self) -> dict[str, str]:
+        """The runtimes that do not work here, each with a sentence that says why and how to
+        install it.
+        """
+        missing: dict[str, str] = self._inspected["missing"]
+        return missing
+
+    @cached_property
+    def _inspected(self) -> dict[str, Any]:
+        """The output of the runner's ``inspect``. Raises DeviceError."""
         done = subprocess.run(
             [sys.executable, str(self.runner), "inspect"],
             capture_output=True,
@@ -67,10 +74,9 @@ class Host:
         )
         if done.returncode != 0:
             raise DeviceError(
-                f"the runner does not start on {self.device.id}: {_last_line(done.stderr)}"
+                f"the runner does not start on {self.device.id}: {last_line(done.stderr) or SILENT}"
             )
-        runtimes: dict[str, str] = self._row(done.stdout)["runtimes"]
-        return runtimes
+        return self._row(done.stdout)
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         """Run a plan in a new process, and yield its rows as they are printed."""
@@ -98,7 +104,7 @@ class Host:
                 errors.seek(0)
                 raise DeviceError(
                     f"the runner on {self.device.id} stopped with exit status"
-                    f" {process.returncode}: {_last_line(errors.read())}"
+                    f" {process.returncode}: {last_line(errors.read()) or SILENT}"
                 )
 
     def _row(self, line: str) -> dict[str, Any]:
@@ -138,12 +144,14 @@ class Host:
             )
             if done.returncode != 0:
                 raise DeviceError(
-                    f"{model.name} does not run on {self.device.id}: {_last_line(done.stderr)}"
+                    f"{model.name} does not run on {self.device.id}: {last_line(done.stderr) or SILENT}"
                 )
             result: np.ndarray = np.load(outputs)
         return result
 
 
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "it gave no reason."
+def _allowed_cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # only Linux has it
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

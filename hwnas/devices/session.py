@@ -25,13 +25,16 @@ import numpy as np
 
 from hwnas.config import DeviceConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.clock import is_possible
 from hwnas.core.ops import Op
 from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Connection, Device
+from hwnas.devices.messages import excerpt
 from hwnas.devices.speed import slowness
 from hwnas.errors import DeviceError
+from hwnas.printable import printable
 from hwnas.progress import Progress
-from hwnas.runs import JsonLines
+from hwnas.runs import JsonLines, is_number
 
 Build = Callable[[Sequence[Op] | Architecture, str, str], Path]
 """Builds a model file to time: (ops, runtime, dtype) -> its path. Networks that are not
@@ -59,9 +62,11 @@ class Bench:
     @property
     def cores(self) -> tuple[int, ...]:
         """The cores to pin to: those of the configuration, or else the connection's
-        choice. Raises DeviceError.
+        choice. Empty: not pinned. Raises DeviceError.
         """
-        return tuple(self.settings.cores or self.connection.cores(self.settings.threads))
+        if self.settings.cores is not None:
+            return self.settings.cores
+        return tuple(self.connection.cores(self.settings.threads))
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Plan:
         return {
             "runtime": self.runtime,
             "threads": self.threads,
-            "cores": list(self.cores),
+            "cores": list(self.cores) or None,
             **limits_set,
             "items": [self._item(item) for item in self.items],
         }
@@ -146,7 +151,8 @@ class Plan:
 @dataclass(frozen=True)
 class Header:
     """The machine as the runner describes it before it measures. Missing values are
-    ``"unknown"``.
+    ``"unknown"``. ``cores`` are those that the runtime may use, and ``pinned`` tells
+    whether that is because the plan names them.
     """
 
     runtime: str = "unknown"
@@ -157,10 +163,11 @@ class Header:
     governor: str = "unknown"
     cores: list[int] | Literal["unknown"] = "unknown"
     threads: int | Literal["unknown"] = "unknown"
+    pinned: bool | Literal["unknown"] = "unknown"
 
     @staticmethod
     def of(raw: Raw) -> Header:
-        """Parse the row that begins a measurement."""
+        """Parse the row that begins a measurement. Values of another type are unknown."""
         text_fields = (
             "runtime",
             "runtime_package",
@@ -170,11 +177,16 @@ class Header:
             "governor",
         )
         cores = raw.get("cores")
-        return Header(
-            **{name: str(raw[name]) for name in text_fields if name in raw},
-            cores=cores if isinstance(cores, list) else "unknown",
-            threads=raw.get("threads", "unknown"),
-        )
+        threads = raw.get("threads")
+        pinned = raw.get("pinned")
+        values: Raw = {name: printable(str(raw[name])) for name in text_fields if name in raw}
+        if isinstance(cores, list) and all(map(_is_index, cores)):
+            values["cores"] = cores
+        if _is_index(threads):
+            values["threads"] = threads
+        if isinstance(pinned, bool):
+            values["pinned"] = pinned
+        return Header(**values)
 
 
 FIXED_FIELDS = (
@@ -229,28 +241,63 @@ class Note:
 Row = Header | Measurement | Failure | Conditions | Note
 
 
-def parse_row(raw: Raw) -> Row:
-    """Parse a row of a connection. Raises DeviceError if its format is unknown."""
+def parse_row(raw: object) -> Row:
+    """Parse a row of a connection. Raises DeviceError if its format is unknown, or if it
+    holds times that no clock measures: none, negative ones, NaN.
+    """
+    row = _parsed(raw) if isinstance(raw, dict) else None
+    if row is None:
+        raise DeviceError(
+            f"the device sent {excerpt(repr(raw), 120)}, which is not a row of a measurement:"
+            " check the connection to it."
+        )
+    return row
+
+
+def _parsed(raw: Raw) -> Row | None:
     if "note" in raw:
-        return Note(raw["note"])
+        return Note(excerpt(str(raw["note"])))
     if "runner" in raw:
         return Header.of(raw)
     if "conditions" in raw:
-        return Conditions(raw["conditions"])
+        return _conditions(raw["conditions"])
     if "id" in raw and "error" in raw:
-        return Failure(raw["id"], raw["error"])
+        return Failure(excerpt(str(raw["id"])), excerpt(str(raw["error"])))
     if {"id", "round", "ms"} <= raw.keys():
-        return Measurement(
-            name=raw["id"],
-            round=raw["round"],
-            ms=raw["ms"],
-            delegated=raw.get("delegated", "unknown"),
-            fed=raw.get("input") == "image",
-        )
-    raise DeviceError(
-        f"the device sent {str(raw)[:80]}, which is not a row of a measurement: check the"
-        " connection to it."
+        return _measurement(raw)
+    return None
+
+
+def _conditions(values: object) -> Conditions | None:
+    if not isinstance(values, dict):
+        return None
+    if not all(isinstance(value, str) or is_number(value) for value in values.values()):
+        return None
+    return Conditions(values)
+
+
+def _measurement(raw: Raw) -> Measurement | None:
+    runs_ms = raw["ms"]
+    if not isinstance(raw["id"], str) or not _is_index(raw["round"]):
+        return None
+    if not isinstance(runs_ms, list) or not all(map(is_number, runs_ms)):
+        return None
+    # a single run may be shorter than a tick of a coarse clock, but not half of them
+    if not runs_ms or min(runs_ms) < 0 or not is_possible(float(np.median(runs_ms))):
+        return None
+    delegated = raw.get("delegated", "unknown")
+    return Measurement(
+        name=raw["id"],
+        round=raw["round"],
+        ms=runs_ms,
+        delegated=delegated if isinstance(delegated, bool) else "unknown",
+        fed=raw.get("input") == "image",
     )
+
+
+def _is_index(value: object) -> bool:
+    """Whether a JSON value is an integer from 0, as for rounds, cores and threads."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def measured_rows(connection: Connection, plan: Plan, folder: Path) -> Iterator[tuple[Row, Raw]]:
@@ -268,8 +315,9 @@ class Session:
     """The rows measured so far, and the means to measure more.
 
     If ``samples`` is given, the session resumes from the rows in that file and appends
-    new ones to it. ``run`` raises DeviceError if the device has changed since they were
-    measured; the constructor raises it if it has changed within the file.
+    new ones to it. Damaged rows are left out, so their items are measured again. ``run``
+    raises DeviceError if the device has changed since the rows were measured, and appends
+    nothing then; the constructor raises it if the device has changed within the file.
 
     Example:
         >>> session = Session(bench, items, Schedule(rounds=7, max_rounds=15, max_spread=0.1))     # doctest: +SKIP
@@ -299,8 +347,7 @@ class Session:
         needs the order, and a resumed session must give the same times.
         """
         if samples is not None:
-            for raw in samples.read():
-                self._keep(parse_row(raw))
+            self._resume(samples)
 
     def run(self, description: str) -> None:
         """Measure all rounds, then further ones while items are noisy. Raises DeviceError
@@ -322,6 +369,30 @@ class Session:
             message = f"measuring {len(again)} items again ({len(noisy)} noisy)"
             with progress.task(message, len(again)) as task:
                 self._round(number, again, task.advance)
+
+    def _resume(self, samples: JsonLines) -> None:
+        """Keep the rows of a file. Raises DeviceError if the device changed in between."""
+        damaged = 0
+        header: Header | None = None
+        for raw in samples.read():
+            try:
+                row = parse_row(raw)
+            except DeviceError:
+                damaged += 1
+                continue
+            if isinstance(row, Header):
+                header = row
+                continue
+            # A header counts only once a row follows it: otherwise, the device may have
+            # been refused at that point.
+            if header is not None:
+                self._keep(header)
+                header = None
+            self._keep(row)
+        if damaged:
+            self.bench.progress.info(
+                f"damaged rows in {samples.path.name}: {damaged}; what they held is measured again"
+            )
 
     def rounds(self, name: str) -> list[list[float]]:
         """The rounds of an item, each with the time of each run in milliseconds at the
@@ -411,8 +482,9 @@ class Session:
                 if isinstance(row, Note):
                     self.bench.progress.info(row.text)
                     continue
-                append(raw)
+                # first, so that the rows of a device that is refused do not get into the file
                 self._keep(row)
+                append(raw)
                 if isinstance(row, Measurement):
                     advance()
 

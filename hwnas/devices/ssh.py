@@ -5,8 +5,9 @@ here: aliases, keys, agents, jump hosts.
 
 Every call sends ``deploy/runner.py`` along, on stdin, so the board never has an old
 version of it. Only model files stay on the board, each named by the hash of its
-content. They are sent once, hundreds in one stream, and may be deleted there at any
-time.
+content, in a folder that only its user can enter. They are sent once, hundreds in one
+stream, and may be deleted there at any time. The board verifies them by their hashes
+before every use, and damaged ones are sent again.
 
 Options of the device document: ``host`` (``pi@raspberrypi.local``, or an alias),
 ``port``, ``identity`` (a key file), ``config`` (an ssh_config file instead of
@@ -36,9 +37,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from hwnas.devices.device import Device
+from hwnas.devices.device import Device, expanded, is_file, pinned_cores
+from hwnas.devices.messages import excerpt, last_line
 from hwnas.document import file_sha256, nearest
 from hwnas.errors import ConfigError, DeviceError
+from hwnas.printable import quoted
 from hwnas.resources import resource_path
 
 OPTIONS = ("host", "port", "identity", "config", "python", "folder")
@@ -123,7 +126,7 @@ class Ssh:
         place = ["-p", options["port"]] if "port" in options else []
         for flag, name in (("-i", "identity"), ("-F", "config")):
             if name in options:
-                place += [flag, str(Path(options[name]).expanduser())]
+                place += [flag, str(expanded(options[name]))]
         # what error messages tell the user to run
         self.by_hand = shlex.join(["ssh", *place, options["host"]])
 
@@ -172,17 +175,10 @@ class Ssh:
         return answer
 
     def cores(self, threads: int) -> tuple[int, ...]:
-        """The cores of the device document, or else the last ones of the board. Raises
-        DeviceError if there are fewer than ``threads``.
+        """The cores of the device document, or else the last ones of the board. Empty if the
+        document says not to pin. Raises DeviceError if there are fewer than ``threads``.
         """
-        # the last cores, because the first one serves the system's interrupts
-        cores = self.device.cores or tuple(self.board["cores"][-threads:])
-        if len(cores) < threads:
-            raise DeviceError(
-                f"device.threads = {threads} needs {threads} cores, but {self.device.id} has only"
-                f" {len(cores)}: lower device.threads."
-            )
-        return cores
+        return pinned_cores(self.device, threads, lambda: self.board["cores"])
 
     def runtimes(self) -> dict[str, str]:
         """The runtimes that work on the board. If there are none, raises DeviceError with
@@ -190,9 +186,15 @@ class Ssh:
         """
         runtimes: dict[str, str] = self.board["runtimes"]
         if not runtimes:
-            remedy = next(iter(self.board["missing"].values()))
+            remedy = next(iter(self.missing().values()))
             raise DeviceError(f"{self.device.id}: {remedy}")
         return runtimes
+
+    def missing(self) -> dict[str, str]:
+        """The runtimes that do not work on the board, each with a sentence that says why and
+        how to install it.
+        """
+        return {name: excerpt(reason) for name, reason in self.board["missing"].items()}
 
     def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         """Run a plan on the board, and yield its rows as they are measured. Models that
@@ -258,10 +260,13 @@ class Ssh:
         """The models that the board does not have. A path that is not a file on this
         computer is left out, and its item fails on the board.
         """
-        sizes = {name: path.stat().st_size for name, path in models.items() if path.is_file()}
-        _write(process, json.dumps(sizes).encode() + b"\n")
+        announced = {}
+        for name, path in models.items():
+            if path.is_file():
+                announced[name] = (path.stat().st_size, name.partition(".")[0])
+        _write(process, json.dumps(announced).encode() + b"\n")
         missing = self._json(_line(process), list)
-        return {name: models[name] for name in sizes if name in missing}
+        return {name: models[name] for name in announced if name in missing}
 
     def _send(self, process: subprocess.Popen[bytes], missing: Mapping[str, Path]) -> None:
         for name, path in missing.items():
@@ -286,7 +291,7 @@ class Ssh:
         """
         token = secrets.token_hex(8)
         program = self.runner.read_bytes()
-        receiving = [] if models is None else ["--receive", self.folder]
+        receiving = [] if models is None else [f"--receive={self.folder}"]
         command = shlex.join(
             [self.python, "-c", _START, token, str(len(program)), *arguments, *receiving]
         )
@@ -333,7 +338,7 @@ class Ssh:
     def _failure(self, status: int, stderr: str) -> str:
         """The error message for a runner that started, but then failed."""
         board = self.device.id
-        last = _last_line(stderr)
+        last = last_line(stderr)
         if status == 255:
             return (
                 f"the connection to {board} was lost ({last or 'it no longer answers'}): check it,"
@@ -355,7 +360,7 @@ class Ssh:
     def _start_failure(self, status: int, stderr: str, login_output: str) -> str:
         """The error message for a runner that did not even start."""
         board = self.device.id
-        last = _last_line(stderr)
+        last = last_line(stderr)
         if status == 255:  # of ssh itself
             remedy = next(
                 (remedy for sign, remedy in _REMEDIES if sign in stderr),
@@ -373,7 +378,7 @@ class Ssh:
                 f"{board} has no program {self.python!r}: install it there (sudo apt install"
                 f" python3), or {python}."
             )
-        reason = last or login_output or "it gave no reason"
+        reason = last or excerpt(login_output) or "it gave no reason"
         return f"{board} does not start the runner ({reason}): {python}."
 
     def _json(self, line: bytes, kind: type) -> Any:
@@ -382,9 +387,9 @@ class Ssh:
         except ValueError:
             value = None
         if not isinstance(value, kind):
-            shown = line.decode(errors="replace").strip()[:80]
+            printed = line.decode(errors="replace").strip()[:80]
             raise DeviceError(
-                f"the runner on {self.device.id} printed an unexpected line: {shown!r}."
+                f"the runner on {self.device.id} printed an unexpected line: {printed!r}."
             )
         return value
 
@@ -401,22 +406,26 @@ def _checked(device: Device) -> dict[str, str]:
     host = options.get("host", "")
     if not _HOST.fullmatch(host):
         raise ConfigError(
-            f"device {device.id}: host = {host!r} is not a host name; write USER@HOST, or an alias"
+            f"device {device.id}: host = {quoted(host)} is not a host name; write USER@HOST, or an alias"
             " of ~/.ssh/config."
         )
     port = options.get("port", "22")
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"device {device.id}: port = {port!r} is not a number from 1 to 65535.")
+    # checked by length first, because int() refuses thousands of digits
+    is_number = port.isascii() and port.isdecimal() and len(port) <= 5
+    if not is_number or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"device {device.id}: port = {quoted(port)} is not a number from 1 to 65535."
+        )
     for name in ("identity", "config"):
-        if name in options and not Path(options[name]).expanduser().is_file():
+        if name in options and not is_file(options[name]):
             raise ConfigError(
-                f"device {device.id}: {name} = {options[name]!r} is not a file; correct the path."
+                f"device {device.id}: {name} = {quoted(options[name])} is not a file; correct the path."
             )
     for name in ("python", "folder"):
         value = options.get(name, "-")
         if not value.isprintable() or not value:
             raise ConfigError(
-                f"device {device.id}: {name} = {value!r} is not a path; correct it, or leave it"
+                f"device {device.id}: {name} = {quoted(value)} is not a path; correct it, or leave it"
                 " out."
             )
     return options
@@ -488,15 +497,12 @@ def _content_hash(path: Path, mtime_ns: int, size: int) -> str:
 
 
 def _with_local_names(text: str, models: Mapping[str, Path]) -> str:
-    """A message of the board, with the paths of models on this computer."""
+    """A message of the board, with the names that models have on this computer. Only a
+    model that does not exist is named by its whole path, which has to be corrected here.
+    """
     for name, path in models.items():
-        text = text.replace(name, str(path))
+        text = text.replace(name, path.name if path.is_file() else str(path))
     return text
-
-
-def _last_line(text: str) -> str:
-    """The last line that is not blank; empty if there is none."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def _socket(folder: Path) -> str:

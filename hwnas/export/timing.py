@@ -1,11 +1,10 @@
 """Model files that are only timed: blocks and sampled networks with random weights, cached
-by their content.
+by their ops.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -14,22 +13,18 @@ from pathlib import Path
 import torch
 
 from hwnas import __version__
+from hwnas.cache import cache_folder, is_intact, private_folder, write_verified
 from hwnas.config import DeviceConfig
 from hwnas.core import arch, graph, ir
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op, source_files
 from hwnas.devices.device import connect, find_device
 from hwnas.devices.session import Bench
-from hwnas.document import content_sha256, file_sha256, write_atomic
+from hwnas.document import content_sha256, file_sha256
 from hwnas.export.target import Target, timing_target
 from hwnas.nn import blocks, detector, network
 from hwnas.nn.network import network_of
 from hwnas.progress import Progress
-
-
-def cache_folder() -> Path:
-    """``$HWNAS_CACHE``, or else ``~/.cache/hwnas``. It may be emptied at any time."""
-    return Path(os.environ.get("HWNAS_CACHE", "~/.cache/hwnas")).expanduser()
 
 
 def timing_file(
@@ -39,14 +34,19 @@ def timing_file(
 
     Networks that are not chains (detectors, and networks of cells) are given as
     architectures. A file is written on first use, and cached in ``folder`` (default:
-    ``cache_folder``) under the keys of its ops. Inputs and outputs are channels-last for
-    LiteRT, and int8 for the dtype int8.
+    ``cache_folder``) under the keys of its ops. A file that was damaged or replaced since
+    then is written again. Inputs and outputs are channels-last for LiteRT, and int8 for
+    the dtype int8.
+
+    Raises StorageError if the folder cannot be used or belongs to another user.
     """
     path = timing_path(timed, runtime, dtype, folder)
-    if not path.exists():
+    private_folder(folder or cache_folder())
+    private_folder(path.parent)
+    if not is_intact(path):
         generator = torch.Generator().manual_seed(0)
         network = network_of(_architecture(timed), generator=generator).eval()
-        write_atomic(path, timing_target(runtime, dtype).timing_file(network))
+        write_verified(path, timing_target(runtime, dtype).timing_file(network))
     return path
 
 

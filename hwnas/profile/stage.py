@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,9 +20,10 @@ from hwnas.core.describe import describe_networks
 from hwnas.core.ops import Op
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
-from hwnas.devices.device import ADDRESSES, connect, find_device
+from hwnas.devices.device import ADDRESSES, Explaining, connect, find_device
 from hwnas.devices.session import Bench, Item, Schedule, Session, spread_of
-from hwnas.errors import ConfigError, DeviceError, TableError
+from hwnas.document import user_path
+from hwnas.errors import ConfigError, DeviceError
 from hwnas.export.target import timing_target
 from hwnas.export.timing import bench_of
 from hwnas.networks import named_networks
@@ -33,6 +36,13 @@ from hwnas.tables.prior import Prior
 
 FIT_STREAM = 78
 """Gives the fit to whole networks a random stream of its own, next to the seed."""
+TOO_BUSY_ERROR = 0.3
+"""Mean error of the predicted networks above which a table of noisy entries is refused.
+Our choice: a device that is merely restless stays below 0.1, because medians over rounds
+resist outliers.
+"""
+
+AnyNetwork = TypeVar("AnyNetwork")
 
 
 class Profile(Stage):
@@ -49,6 +59,18 @@ class Profile(Stage):
         """Only for a search by latency, without a given table."""
         search = experiment.search
         return search.table is None and search.by_table and experiment.train.arch is None
+
+    @classmethod
+    def check_settings(cls, experiment: Experiment, space: SearchSpace) -> None:
+        """Raise ConfigError for a table that the search after it would refuse."""
+        del space
+        config = experiment.profile
+        uncalibrated = config.mode == "ops" and config.fit_networks == 0
+        if uncalibrated and not experiment.search.allow_uncalibrated:
+            raise ConfigError(
+                "profile.fit_networks = 0 makes a table without a calibration, which the search"
+                " does not accept: set it to 3 or more, or search.allow_uncalibrated = true."
+            )
 
     @cached_property
     def networks(self) -> tuple[Architecture, ...]:
@@ -86,7 +108,7 @@ class Profile(Stage):
         named_ops = [op for arch in self.networks for op in arch.ops()]
         hashes = {}
         for i, path in enumerate(self.at.experiment.profile.prior):
-            table = LatencyTable.load(Path(path).expanduser())
+            table = LatencyTable.load(user_path(path, "profile.prior"))
             hashes[f"profile.prior[{i}]"] = table.sha256
             missing = missing_ops(named_ops, table)
             if missing:
@@ -112,6 +134,25 @@ class Profile(Stage):
             f"measure {measured} of space {space.name} on {device.name} ({target}) in"
             f" {config.rounds} rounds"
         )
+
+    def check_ready(self) -> None:
+        """Raise DeviceError if the device cannot be reached, or lacks the runtime or the
+        cores.
+        """
+        settings = self.at.experiment.device
+        with TemporaryDirectory() as folder:
+            bench = bench_of(settings, Path(folder), Progress())
+            _check_runtime(bench)
+            nothing = {
+                "runtime": settings.runtime,
+                "threads": settings.threads,
+                "cores": list(bench.cores) or None,
+                "items": [],
+            }
+            for row in bench.connection.measure(nothing, bench.folder):
+                # The header: the device runs on these cores. What follows may take time.
+                if "runner" in row:
+                    break
 
     def run(self, ctx: StageContext) -> None:
         """Write ``table.json``."""
@@ -145,12 +186,13 @@ def profile(
     named: Sequence[Architecture] = (),
 ) -> LatencyTable:
     """Measure ``space`` and the ops of ``named`` networks on a device, and return the
-    table. Raises DeviceError or TableError.
+    table. Raises DeviceError, also if the device was too busy for a usable table, or
+    TableError.
     """
     ops = planned_ops(space, named)
     known = []
     if config.mode == "networks":
-        known = [LatencyTable.load(Path(path).expanduser()) for path in config.prior]
+        known = [LatencyTable.load(user_path(path, "profile.prior")) for path in config.prior]
     # Raises an error for a table that does not cover these ops, before hours of measuring.
     Prior.of(ops, known)
     _check_runtime(bench)
@@ -168,21 +210,32 @@ def profile(
     _warn(entries, bench.progress)
 
     header = _header(space, session)
-    provenance = _provenance(space, config, session.conditions)
+    provenance = _provenance(space, config, session)
+    noise = _noise(entries)
+    if noise is not None:
+        provenance["noise"] = noise
     if config.mode == "networks":
         measured = _Measured(plan, entries, header, provenance)
-        return _fitted(measured, ops, known, np.random.default_rng([seed, FIT_STREAM]))
-    return LatencyTable(
-        header=header,
-        entries={op.key: entries[op.key] for op in plan.ops},
-        calibration=_calibration(plan, entries),
-        provenance=provenance,
-    )
+        rng = np.random.default_rng([seed, FIT_STREAM])
+        table = _fitted(measured, ops, known, rng)
+    else:
+        table = LatencyTable(
+            header=header,
+            entries={op.key: entries[op.key] for op in plan.ops},
+            calibration=_calibration(plan, entries),
+            provenance=provenance,
+        )
+    _check_usable(table, entries)
+    return table
 
 
 def _check_runtime(bench: Bench) -> None:
     """Raise DeviceError if the device does not have the configured runtime."""
     runtime = bench.settings.runtime
+    if isinstance(bench.connection, Explaining):
+        missing = bench.connection.missing()
+        if runtime in missing:
+            raise DeviceError(f"{bench.device.id}: {missing[runtime]}")
     installed = bench.connection.runtimes()
     if runtime not in installed:
         names = ", ".join(installed.values()) or "no runtime"
@@ -249,14 +302,14 @@ def _header(space: SearchSpace, session: Session) -> TableHeader:
     )
 
 
-def _provenance(
-    space: SearchSpace, config: ProfileConfig, conditions: dict[str, list[float | str]]
-) -> dict[str, str]:
+def _provenance(space: SearchSpace, config: ProfileConfig, session: Session) -> dict[str, str]:
     provenance = {
         "method": f"hwnas profile, {config.rounds} to {config.max_rounds} shuffled rounds",
         "space_sha256": space.sha256,
     }
-    for name, values in conditions.items():
+    if session.header(session.bench.settings.runtime).pinned is False:
+        provenance["pinning"] = "not pinned: the system of the device chose the cores"
+    for name, values in session.conditions.items():
         provenance[f"device_{name}"] = _range(values)
     return provenance
 
@@ -264,22 +317,19 @@ def _provenance(
 def _fitted(
     measured: _Measured, ops: Sequence[Op], known: list[LatencyTable], rng: np.random.Generator
 ) -> LatencyTable:
-    """A table fitted only to whole networks. Noisy networks are left out, but counted."""
+    """A table fitted only to whole networks. Noisy networks are counted, and left out if
+    enough quiet ones remain.
+    """
     # By ops, because a sampled network may also be a named one, and the fit wants each
     # network once.
     networks: dict[tuple[Op, ...], tuple[Architecture, Entry]] = {}
     for i, arch in enumerate(measured.plan.fit):
         networks[arch.ops()] = (arch, measured.entries[f"net-{i}"])
-    quiet = [(arch, entry.ms) for arch, entry in networks.values() if not entry.noisy]
-    noisy_count = len(networks) - len(quiet)
-    if len(quiet) < MIN_NETWORKS:
-        raise TableError(
-            f"{noisy_count} of {len(networks)} networks stayed noisy, and a fit needs"
-            f" {MIN_NETWORKS} quiet ones: use a quieter device, more networks, or a larger"
-            " profile.max_spread."
-        )
+    usable = _usable(list(networks.values()), lambda network: network[1])
+    latencies = [(arch, entry.ms) for arch, entry in usable]
+    noisy_count = sum(entry.noisy for _, entry in networks.values())
 
-    fitted = fit_table(ops, quiet, measured.header, rng, known=known)
+    fitted = fit_table(ops, latencies, measured.header, rng, known=known)
     assert fitted.calibration is not None
     calibration = fitted.calibration.model_copy(update={"noisy_networks": noisy_count})
     provenance = {**measured.provenance, **fitted.provenance}
@@ -304,8 +354,8 @@ def _warn(entries: dict[str, Entry], progress: Progress) -> None:
     noisy = [name for name, entry in entries.items() if entry.noisy]
     if noisy:
         progress.warning(
-            f"{len(noisy)} of {len(entries)} entries stayed noisy and are flagged:"
-            f" {', '.join(noisy[:3])}."
+            f"{_noise(entries)} and are flagged: {', '.join(noisy[:3])}. To measure them better,"
+            " end other programs on the device, and profile again with --fresh."
         )
     # Only False says so: "unknown" entries are not reported.
     slow = [name for name, entry in entries.items() if entry.delegated is False]
@@ -316,8 +366,36 @@ def _warn(entries: dict[str, Entry], progress: Progress) -> None:
         )
 
 
+def _noise(entries: dict[str, Entry]) -> str | None:
+    """How many entries stayed noisy, and by how much at most; None if none did."""
+    spreads = [entry.spread for entry in entries.values() if entry.noisy]
+    if not spreads:
+        return None
+    largest = max(spread for spread in spreads if isinstance(spread, float))
+    return (
+        f"{len(spreads)} of {len(entries)} entries stayed noisy (spread between rounds up to"
+        f" {largest:.0%})"
+    )
+
+
+def _check_usable(table: LatencyTable, entries: dict[str, Entry]) -> None:
+    """Raise DeviceError if most entries are noisy and the table does not predict the
+    networks that were measured with them.
+    """
+    held_out = None if table.calibration is None else table.calibration.held_out
+    noisy_count = sum(entry.noisy for entry in entries.values())
+    if held_out is None or 2 * noisy_count <= len(entries):
+        return
+    if held_out.mape > TOO_BUSY_ERROR:
+        raise DeviceError(
+            f"{table.header.device} was too busy to be measured: {_noise(entries)}, and the table"
+            f" would be off by {held_out.mape:.0%} on average: end other programs on it, let it cool"
+            " down, and profile again with --fresh."
+        )
+
+
 @dataclass(frozen=True)
-class _Network:
+class _Summed:
     """A measured network: its ops, the sum of their entries, and its own entry."""
 
     ops: tuple[Op, ...]
@@ -334,9 +412,9 @@ def _calibration(plan: Plan, entries: dict[str, Entry]) -> Calibration | None:
     networks = []
     for i, arch in enumerate(plan.networks):
         sum_ms = sum(entries[op.key].ms for op in arch.ops())
-        networks.append(_Network(arch.ops(), sum_ms, entries[f"net-{i}"]))
-    fit = _usable(networks[: len(plan.fit)])
-    test = _usable(networks[len(plan.fit) :])
+        networks.append(_Summed(arch.ops(), sum_ms, entries[f"net-{i}"]))
+    fit = _usable(networks[: len(plan.fit)], lambda network: network.entry)
+    test = _usable(networks[len(plan.fit) :], lambda network: network.entry)
     if not fit:
         return None
 
@@ -348,16 +426,18 @@ def _calibration(plan: Plan, entries: dict[str, Entry]) -> Calibration | None:
     return calibration.model_copy(update={"held_out": held_out, "noisy_networks": noisy_count})
 
 
-def _usable(networks: Sequence[_Network]) -> list[_Network]:
+def _usable(
+    networks: Sequence[AnyNetwork], entry_of: Callable[[AnyNetwork], Entry]
+) -> list[AnyNetwork]:
     """The quiet networks, or all networks if fewer than ``MIN_NETWORKS`` are quiet."""
-    quiet = [network for network in networks if not network.entry.noisy]
+    quiet = [network for network in networks if not entry_of(network).noisy]
     # A slope from one or two networks that happened to be quiet is less accurate than
     # one from a dozen noisy medians.
     return quiet if len(quiet) >= MIN_NETWORKS else list(networks)
 
 
 def _columns(
-    networks: Sequence[_Network],
+    networks: Sequence[_Summed],
 ) -> tuple[list[tuple[Op, ...]], list[float], list[float]]:
     """The ops, the sums of entries and the measured latencies of networks, in ms."""
     ops: list[tuple[Op, ...]] = []

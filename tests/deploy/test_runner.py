@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -114,7 +116,7 @@ def test_measure_keeps_the_order_and_survives_a_bad_file(
     assert header["runtime_package"] == "ai-edge-litert"
     assert set(header) == {
         *("runner", "runtime", "runtime_package", "runtime_version", "python", "machine"),
-        *("cpu", "cores", "governor", "threads"),
+        *("cpu", "cores", "governor", "threads", "pinned"),
     }
     assert all(value != "" for value in header.values())
     assert [(line["id"], line["round"]) for line in lines] == list(
@@ -456,33 +458,40 @@ def test_floats_are_not_pixels(
     assert sentence in bad["error"] and len(line["ms"]) >= 5
 
 
+def announced(contents: dict[str, bytes]) -> bytes:
+    """The line that announces files: their sizes and hashes."""
+    files = {}
+    for name, content in contents.items():
+        files[name] = (len(content), hashlib.sha256(content).hexdigest())
+    return json.dumps(files).encode() + b"\n"
+
+
 def test_receives_what_is_missing(files: dict[str, Path], tmp_path: Path) -> None:
-    """Of three announced files, one is complete, one has another size, and one is
-    missing.
+    """Of three announced files one is there whole, one in another size, and one in the
+    same size with another content.
     """
     contents = {
         "whole": b"0" * 10,
         "a.tflite": files["fp32.tflite"].read_bytes(),
         "b c;d": b"2" * 30,
     }
-    (tmp_path / "whole").write_bytes(b"1" * 10)
+    (tmp_path / "whole").write_bytes(b"0" * 10)
     (tmp_path / "a.tflite").write_bytes(b"cut off")
-    announced = (
-        json.dumps({name: len(content) for name, content in contents.items()}).encode() + b"\n"
-    )
+    (tmp_path / "b c;d").write_bytes(b"2" * 29 + b"3")
     plan = json.dumps({"runtime": "litert", "threads": 1, "items": []}).encode() + b"\n"
     done = stream(
         "measure",
         "-",
         "--receive",
         tmp_path,
-        content=announced + contents["a.tflite"] + contents["b c;d"] + plan,
+        content=announced(contents) + contents["a.tflite"] + contents["b c;d"] + plan,
     )
     assert json.loads(done.stdout.splitlines()[0]) == ["a.tflite", "b c;d"]
     received = {
         path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".hwnas-lock"
     }
-    assert received == {**contents, "whole": b"1" * 10}
+    assert received == contents
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".hidden", ".", "..", "", ".hwnas-lock"])
@@ -492,7 +501,7 @@ def test_receives_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
         "-",
         "--receive",
         tmp_path / "inner",
-        content=json.dumps({name: 3}).encode() + b"\nxyz",
+        content=announced({name: b"xyz"}) + b"xyz",
     )
     assert (done.returncode, done.stdout) == (2, b"")
     assert f"{name!r} is not a valid name for a file in {tmp_path}/inner" in done.stderr.decode()
@@ -505,19 +514,63 @@ def test_receives_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
         (b"[]\n", "not JSON in the documented format"),
         (b"{\n", "not JSON in the documented format"),
         (b'{"a": "b"}\n', "not JSON in the documented format"),
+        (b'{"a": 10}\n', "not JSON in the documented format"),
         (b"", "not JSON in the documented format"),
-        (b'{"a": 10}\nabcde', "The connection ended in the middle of a"),
+        (b'{"a": [10, "0"]}\nabcde', "The connection ended in the middle of a"),
+        (b'{"a": [5, "0"]}\nabcde', "a was damaged on its way to"),
     ],
 )
 def test_a_broken_stream_leaves_nothing(content: bytes, message: str, tmp_path: Path) -> None:
     done = stream("measure", "-", "--receive", tmp_path, content=content)
-    assert done.returncode == 2
+    assert done.returncode == (4 if "damaged" in message else 2)
     assert message in done.stderr.decode()
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == [".hwnas-lock"]
 
 
-def test_the_script_is_standalone_and_parses_as_python_3_8() -> None:
+def test_a_long_error_keeps_its_beginning_and_its_end() -> None:
+    """A C++ message of onnxruntime: the cause comes after kilobytes of template names."""
+    specification = importlib.util.spec_from_file_location("runner", RUNNER)
+    assert specification is not None and specification.loader is not None
+    runner = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(runner)
+    names = "onnxruntime::common::Status, std::vector<std::pair<T, U>>\n" * 100
+    cause = "ONNX Runtime only guarantees support for models stamped with opset version 17"
+    said = runner.one_sentence(RuntimeError(f"Load model from x.onnx failed: {names}{cause}"))
+    assert said.startswith("RuntimeError: Load model from x.onnx failed: onnxruntime::")
+    assert said.endswith(cause)
+    assert len(said) < 700 and "\n" not in said
+    assert runner.one_sentence(RuntimeError("short")) == "RuntimeError: short"
+
+
+@pytest.mark.parametrize(
+    ("found", "works"),
+    [("1.12.1", False), ("1.13.0", False), ("1.9.0", False), ("1.14.1", True), ("2.0.0", True)],
+)
+def test_the_versions_of_onnxruntime_that_work(found: str, works: bool, tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").touch()
+    metadata = tmp_path / f"onnxruntime-{found}.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Name: onnxruntime\nVersion: {found}\n")
+    inspected = json.loads(run("inspect", PYTHONPATH=str(tmp_path)).stdout)
+    assert ("onnxruntime" in inspected["runtimes"]) == works
+    if not works:
+        assert inspected["missing"]["onnxruntime"] == (
+            f"onnxruntime {found} is too old for the files of hwnas; 1.14 or later works:"
+            f" {sys.executable} -m pip install 'onnxruntime>=1.14' numpy"
+        )
+
+
+def test_not_pinned_and_then_no_core_is_kept_awake(files: dict[str, Path], tmp_path: Path) -> None:
+    header, [line] = measure(
+        tmp_path, threads=2, items=[{"id": "a", "path": str(files["fp32.tflite"])}]
+    )
+    assert header["pinned"] is False
+    assert header["cores"] == sorted(os.sched_getaffinity(0))
+    assert line["ms"]
+
+
+def test_the_script_stands_alone_and_speaks_python_3_8() -> None:
     tree = ast.parse(RUNNER.read_text(), feature_version=(3, 8))
     imported = {
         name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names

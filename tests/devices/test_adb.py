@@ -160,9 +160,48 @@ def test_cores(phone: FakePhone, tmp_path: Path) -> None:
         device.cores(9)
     with pytest.raises(
         DeviceError,
-        match="cannot run on core 12 of fake: choose from its cores 0, 1, 2, 3, 4, 5, 6, 7",
+        match=(
+            "cannot run on core 12 of fake: choose from its cores 0, 1, 2, 3, 4, 5, 6, 7 with"
+            r" device\.cores, or set device\.cores = \[\] to let Android choose"
+        ),
     ):
         next(device.measure(plan(1, cores=[12]), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("taskset", "reason"),
+    [
+        (
+            'echo "taskset: failed to set pid 26174\'s affinity: Invalid argument"; exit 1',
+            r"\(taskset: failed to set pid 26174's affinity: Invalid argument\)",
+        ),
+        (
+            "echo '/system/bin/sh: taskset: inaccessible or not found'; exit 127",
+            r"\(the phone cannot start it: .*taskset: inaccessible or not found\)",
+        ),
+    ],
+    ids=["a core is switched off", "no taskset"],
+)
+def test_a_phone_that_cannot_pin_says_so_and_is_measured_unpinned(
+    taskset: str, reason: str, phone: FakePhone, tmp_path: Path
+) -> None:
+    (phone.root / "system/bin/taskset").write_text(f"#!/bin/sh\n{taskset}\n")
+    with pytest.raises(
+        DeviceError,
+        match=rf"^fake cannot pin a program to the cores 6 {reason}: .*set device\.cores = \[\] to",
+    ):
+        list(Adb(phone.device()).measure(plan(1), tmp_path))
+    unpinned = Adb(phone.device().model_copy(update={"cores": ()}))
+    assert unpinned.cores(3) == ()
+    header, rows, _, _ = split_rows(unpinned.measure(plan(1, cores=None), tmp_path))
+    assert header["pinned"] is False and len(rows[0]["ms"]) == 2
+
+
+def test_a_plan_of_nothing_yields_the_header(phone: FakePhone, tmp_path: Path) -> None:
+    rows = Adb(phone.device()).measure(plan(0), tmp_path)
+    assert next(rows)["runner"] == 1
+    rows.close()  # type: ignore[attr-defined]
+    assert not list(phone.folder.glob("run-*")) and phone.runs == []
 
 
 def test_only_litert(phone: FakePhone, tmp_path: Path) -> None:
@@ -192,6 +231,12 @@ def test_only_litert(phone: FakePhone, tmp_path: Path) -> None:
         ({"serial": "a;b"}, "not a valid serial number"),
         ({"serial": "-d"}, "not a valid serial number"),
         ({"serial": "a\nb"}, "not a valid serial number"),
+        ({"serial": "a\0b"}, "not a valid serial number"),
+        ({"serial": "a\n"}, "not a valid serial number"),
+        ({"folder": "/data/local/tmp/x\n"}, "folder = "),
+        ({"max_celsius": "nan"}, "max_celsius = 'nan'"),
+        ({"max_celsius": "1e400"}, "max_celsius = '1e400'"),
+        ({"wait_s": "9" * 5000}, "wait_s = "),
     ],
 )
 def test_wrong_options_are_refused_without_a_phone(options: dict[str, str], complaint: str) -> None:

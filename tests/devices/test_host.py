@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hwnas.config import DeviceConfig
 from hwnas.core.ops import Classifier, MBConv, Op
 from hwnas.devices.device import HOST, Device, connect, find_device
 from hwnas.devices.host import Host
-from hwnas.errors import ConfigError, DeviceError
+from hwnas.devices.messages import excerpt, last_line
+from hwnas.devices.session import Bench
+from hwnas.errors import ConfigError, DeviceError, DocumentError
 from hwnas.export.timing import timing_file
 
 SMALL = MBConv(8, 8, 8, 24, 3, act="relu", residual=True)
@@ -93,8 +97,60 @@ def test_cores() -> None:
         Host(HOST).cores(len(allowed) + 1)
 
 
-def test_a_core_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match="Cannot run on cores"):
+def test_a_document_and_a_configuration_without_cores_do_not_pin(tmp_path: Path) -> None:
+    device = Device(id="x", soc="x", connection="host", cores=())
+    assert Host(device).cores(10**6) == ()
+    settings = DeviceConfig(threads=3, cores=())
+    assert settings.cores == ()
+    assert Bench(HOST, Host(HOST), settings, timing_file, tmp_path).cores == ()
+
+
+@pytest.mark.parametrize("cores", [[-1], [2**31], [10**40], [True], [0.5], ["0"], [0, -1]])
+def test_cores_that_no_machine_has_are_one_sentence(cores: list[Any]) -> None:
+    content = {"schema": "hwnas.device/1", "id": "x", "soc": "x", "connection": "host"}
+    with pytest.raises(DocumentError, match=r"^document: cores\.\d = .*: input should be"):
+        Device.parse(json.dumps({**content, "cores": cores}))
+
+
+@pytest.mark.parametrize("field", ["id", "soc", "connection", "governor"])
+@pytest.mark.parametrize("value", ["a\x1b[2J", "a\nb", "a\0", "\u202eb", "a\x7f"])
+def test_documents_do_not_reach_the_terminal(field: str, value: str) -> None:
+    content = {"schema": "hwnas.device/1", "id": "x", "soc": "x", "connection": "host"}
+    with pytest.raises(DocumentError, match="cannot be displayed; leave it out") as caught:
+        Device.parse(json.dumps({**content, field: value}))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("x\0.json", "/dev/null/x.json", "~nobody-of-that-name/x.json", "x" * 5000 + ".json"),
+        *("", "\x1b[2J", "host\0", "host;touch executed", "$(touch executed)", "x" * 100_000),
+        *("ssh", "ssh:", "ssh:$(x)", "ssh:-oProxyCommand=x", "ssh:a\nb", "ssh:\x1b[2J", "ssh:a;b"),
+        *("adb:-d", "adb:$(x)", "adb:\n", "adb:a;b", "adb:\0"),
+    ],
+)
+def test_odd_names_of_devices_are_one_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ConfigError, DocumentError)) as caught:
+        connect(find_device(name))
+    assert str(caught.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_of_devices_loses_control_characters_and_its_middle() -> None:
+    assert excerpt("a\x1b[2J\n\tb\0") == "a\\u001b[2J b\\u0000"
+    assert excerpt("x" * 600) == "x" * 600
+    long = excerpt("begins " + "x" * 10_000 + " ends")
+    assert long.startswith("begins x") and long.endswith("x ends") and len(long) < 610
+    assert last_line("first\n second \n\n") == "second"
+    assert last_line(" \n") == ""
+
+
+def test_a_core_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"Cannot run on cores \[4000\]; .*device\.cores = \[\]"):
         list(Host(HOST).measure(plan([SMALL], "litert", "fp32", [4000]), tmp_path))
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from hwnas.config import DeviceConfig, ProfileConfig
+from hwnas.config import DeviceConfig, ProfileConfig, load_experiment
 from hwnas.core.cost import latency_ms
 from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, SearchSpace, SpaceStage
@@ -20,11 +22,13 @@ from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Connection, Device, connect
 from hwnas.devices.session import Bench, spread_of
 from hwnas.devices.simulated import Simulated, simulated_ms
-from hwnas.errors import CoverageError, DeviceError, TableError
+from hwnas.errors import ConfigError, CoverageError, DeviceError
+from hwnas.pipeline import Pipeline
 from hwnas.profile.plan import make_plan, spread_networks
-from hwnas.profile.stage import profile
+from hwnas.profile.stage import Profile, profile
 from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import JsonLines
+from tests.conftest import write_tiny
 
 DEVICE = Device(id="simulated", soc="none", connection="simulated")
 CONFIG = ProfileConfig(rounds=3, max_rounds=7)
@@ -385,6 +389,16 @@ def test_no_networks_no_calibration(tmp_path: Path) -> None:
     )
 
 
+def test_a_table_that_the_search_would_refuse_is_not_measured_first() -> None:
+    def check(*overrides: str) -> None:
+        Profile.check_settings(load_experiment(None, list(overrides)), small_space())
+
+    with pytest.raises(ConfigError, match=r"^profile\.fit_networks = 0 makes a table without a"):
+        check("profile.fit_networks=0")
+    check("profile.fit_networks=0", "search.allow_uncalibrated=true")
+    check("profile.fit_networks=1")
+
+
 def test_whole_networks_alone_give_a_table(tmp_path: Path) -> None:
     """No op is timed; the simulated clock is a sum over ops, so the fit must predict
     networks that it has not seen.
@@ -470,12 +484,106 @@ def test_a_runtime_that_the_device_lacks_is_refused_before_anything_is_built(
         )
 
 
-def test_too_few_quiet_networks_are_an_error(tmp_path: Path) -> None:
-    """Each is slowed down independently: a slowdown that all share is not noise."""
+def simulated(noise: float) -> Simulated:
+    return Simulated(DEVICE.model_copy(update={"options": {"noise": str(noise)}}))
 
+
+def test_a_fit_to_noisy_networks_is_to_all_of_them(tmp_path: Path) -> None:
+    """Each by itself: a slowness that all share is none. Running it again would measure
+    nothing, so refusing the fit would leave no way out.
+    """
     config = ProfileConfig(rounds=3, max_rounds=3, max_spread=0.01, mode="networks", networks=5)
-    with pytest.raises(TableError, match="5 of 5 networks stayed noisy"):
-        profiled(tmp_path, Restless(DEVICE), config, space=mobile32())
+    table = profiled(tmp_path, simulated(0.1), config, space=mobile32())
+    calibration = table.calibration
+    assert calibration is not None and calibration.held_out is not None
+    assert (calibration.networks, calibration.noisy_networks) == (5, 5)
+    assert table.provenance["noise"].startswith("5 of 5 entries stayed noisy (spread between")
+
+
+@pytest.mark.parametrize("mode", ["ops", "networks"])
+def test_a_restless_device_gives_a_table_and_a_note(
+    mode: Literal["ops", "networks"], tmp_path: Path
+) -> None:
+    progress = Listening()
+    table = profiled(
+        tmp_path, simulated(0.2), ProfileConfig(mode=mode, networks=20), progress=progress
+    )
+    calibration = table.calibration
+    assert calibration is not None and calibration.held_out is not None
+    assert calibration.noisy_networks > 0
+    assert calibration.held_out.mape < 0.2
+    assert "entries stayed noisy (spread between rounds up to" in table.provenance["noise"]
+    [warning] = progress.warnings
+    assert table.provenance["noise"] in warning and "profile again with --fresh" in warning
+
+
+def test_a_device_that_is_too_busy_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        DeviceError,
+        match=(
+            r"^simulated was too busy to be measured: \d+ of 30 entries stayed noisy \(spread.*\),"
+            r" and the table would be off by \d+% on average: end other .* with --fresh\.$"
+        ),
+    ):
+        profiled(tmp_path, simulated(2.0))
+
+
+def test_a_quiet_device_gives_no_note(tmp_path: Path) -> None:
+    assert profiled(tmp_path, simulated(0.0)).provenance.keys() == {"method", "space_sha256"}
+
+
+def test_a_table_says_that_it_was_measured_without_pinning(tmp_path: Path) -> None:
+    table = profiled(tmp_path, settings=DeviceConfig(cores=()))
+    assert table.provenance["pinning"] == "not pinned: the system of the device chose the cores"
+    assert table.header.cores == "unknown"
+
+
+def test_why_a_runtime_is_missing_comes_from_the_device(tmp_path: Path) -> None:
+    class Lacking(Simulated):
+        def runtimes(self) -> dict[str, str]:
+            return {"onnxruntime": "onnxruntime 1.20"}
+
+        def missing(self) -> dict[str, str]:
+            return {"litert": "This Python has no ai-edge-litert: python3 -m pip install it"}
+
+    with pytest.raises(
+        DeviceError, match=r"^simulated: This Python has no ai-edge-litert: python3 -m pip install"
+    ):
+        profiled(tmp_path, Lacking(DEVICE))
+
+
+def test_a_device_without_the_cores_leaves_the_earlier_profile_where_it_is(
+    tmp_path: Path,
+) -> None:
+    config = write_tiny(tmp_path)
+    root = tmp_path / "run"
+    Pipeline(load_experiment(config), root, Progress()).run_stage("profile")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    other = load_experiment(config, ["device.name=host", "device.cores=[4000]"])
+    with pytest.raises(DeviceError, match=r"Cannot run on cores \[4000\]"):
+        Pipeline(other, root, Progress()).run_stage("profile")
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_a_board_out_of_reach_leaves_the_earlier_profile_where_it_is(tmp_path: Path) -> None:
+    if shutil.which("ssh") is None:
+        pytest.skip("there is no ssh client here")
+    config = write_tiny(tmp_path)
+    root = tmp_path / "run"
+    Pipeline(load_experiment(config), root, Progress()).run_stage("profile")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with socket.socket() as taken:  # bound, but not listening
+        taken.bind(("127.0.0.1", 0))
+        options = {"host": "127.0.0.1", "port": str(taken.getsockname()[1])}
+        Device(id="board", soc="none", connection="ssh", options=options).save(
+            tmp_path / "device.json"
+        )
+        for fresh in (False, True):
+            with pytest.raises(DeviceError, match="cannot reach board over ssh"):
+                Pipeline(load_experiment(config), root, Progress()).run_stage(
+                    "profile", fresh=fresh
+                )
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

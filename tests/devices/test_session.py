@@ -4,6 +4,7 @@ noise.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hwnas.devices.session import (
 )
 from hwnas.devices.simulated import Simulated, simulated_ms
 from hwnas.errors import DeviceError
+from hwnas.progress import Progress
 from hwnas.runs import JsonLines
 from hwnas.testing import synthetic_table
 from tests.conftest import digits_space
@@ -163,6 +165,128 @@ def test_rows_kept_from_other_conditions_are_refused(tmp_path: Path) -> None:
     ):
         make_session(Loud(), tmp_path, Schedule(rounds=2), samples).run("measuring")
     make_session(Loud(), tmp_path, Schedule(rounds=2)).run("measuring")
+
+
+def test_a_refused_device_leaves_no_row_so_restoring_it_helps(tmp_path: Path) -> None:
+    class Governed(Loud):
+        governor = "performance"
+
+        def measure(self, plan: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+            for row in super().measure(plan, folder):
+                yield {**row, "governor": self.governor} if "runner" in row else row
+
+    samples = JsonLines(tmp_path / "samples.jsonl")
+    device = Governed()
+    make_session(device, tmp_path, Schedule(rounds=1), samples).run("measuring")
+    kept = samples.path.read_bytes()
+    device.governor = "powersave"
+    with pytest.raises(DeviceError, match=r"^governor was 'performance' when this session began"):
+        make_session(device, tmp_path, Schedule(rounds=2), samples).run("measuring")
+    assert samples.path.read_bytes() == kept
+
+    # earlier versions left the header of the refused device, which must not count either
+    with samples.appending() as append:
+        append({"runner": 1, "runtime": "litert", "governor": "powersave"})
+    device.governor = "performance"
+    found = make_session(device, tmp_path, Schedule(rounds=2), samples)
+    found.run("measuring")
+    assert len(found.rounds(OPS[0].key)) == 2
+
+
+DAMAGED = (
+    "[]",
+    "null",
+    "17",
+    '"text"',
+    "{}",
+    '{"id": "KEY"}',
+    '{"id": "KEY", "round": 1}',
+    '{"id": "KEY", "round": 1, "ms": []}',
+    '{"id": "KEY", "round": 1, "ms": [NaN]}',
+    '{"id": "KEY", "round": 1, "ms": [Infinity, 1]}',
+    '{"id": "KEY", "round": 1, "ms": [1e400]}',
+    '{"id": "KEY", "round": 1, "ms": [-1.0]}',
+    '{"id": "KEY", "round": 1, "ms": [0, 0, 1]}',
+    '{"id": "KEY", "round": 1, "ms": [5e-324]}',
+    '{"id": "KEY", "round": 1, "ms": 1.0}',
+    '{"id": "KEY", "round": 1, "ms": ["1"]}',
+    '{"id": "KEY", "round": 1, "ms": [true]}',
+    '{"id": "KEY", "round": 1, "ms": {"a": 1}}',
+    f'{{"id": "KEY", "round": 1, "ms": [{"9" * 4000}]}}',
+    '{"id": "KEY", "round": "1", "ms": [1.0]}',
+    '{"id": "KEY", "round": [1], "ms": [1.0]}',
+    '{"id": "KEY", "round": true, "ms": [1.0]}',
+    '{"id": "KEY", "round": -1, "ms": [1.0]}',
+    '{"id": ["KEY"], "round": 1, "ms": [1.0]}',
+    '{"conditions": [1]}',
+    '{"conditions": {"celsius": NaN}}',
+    '{"conditions": {"celsius": null}}',
+)
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_row_is_measured_again(line: str, tmp_path: Path) -> None:
+    straight = make_session(Loud(), tmp_path, Schedule(rounds=2))
+    straight.run("measuring")
+    samples = JsonLines(tmp_path / "samples.jsonl")
+    make_session(Loud(), tmp_path, Schedule(rounds=2), samples).run("measuring")
+    key = OPS[0].key
+    kept = [row for row in samples.read() if (row.get("id"), row.get("round")) != (key, 1)]
+    samples.rewrite(kept)
+    with samples.path.open("a") as file:
+        file.write(line.replace("KEY", key) + "\n")
+
+    device = Loud()
+    resumed = make_session(device, tmp_path, Schedule(rounds=2), samples)
+    resumed.run("measuring")
+    assert device.requests() == [("litert", 1, {key})]
+    assert resumed.ms(key) == straight.ms(key)
+    with pytest.raises(DeviceError, match=r"^the device sent .*, which is not a row of a"):
+        parse_row(json.loads(line))
+
+
+def test_damaged_rows_are_reported(tmp_path: Path) -> None:
+    class Saying(Progress):
+        said: list[str] = []
+
+        def info(self, message: str) -> None:
+            self.said.append(message)
+
+    samples = JsonLines(tmp_path / "samples.jsonl")
+    samples.path.write_text('{"id": 1}\n{}\n')
+    bench = Bench(DEVICE, Loud(), DeviceConfig(), lambda *_: Path("unread"), tmp_path, Saying())
+    Session(bench, items(), Schedule(), samples)
+    assert Saying.said == ["damaged rows in samples.jsonl: 2; what they held is measured again"]
+
+
+def test_a_header_of_other_types_is_unknown() -> None:
+    assert parse_row(
+        {"runner": 1, "cores": ["a"], "threads": True, "pinned": "yes", "cpu": "A\x1b[2J"}
+    ) == Header(cpu="A\\u001b[2J")
+    # two spaces as some chips have them in their names: tables are compared by them
+    assert parse_row({"runner": 1, "cpu": "A  B"}) == Header(cpu="A  B")
+
+
+def test_cores_of_the_configuration_come_before_those_of_the_device(tmp_path: Path) -> None:
+    document = DEVICE.model_copy(update={"cores": (5,)})
+
+    def bench(cores: tuple[int, ...] | None) -> Bench:
+        settings = DeviceConfig(cores=cores)
+        return Bench(document, Simulated(document), settings, lambda *_: tmp_path, tmp_path)
+
+    assert bench(None).cores == (5,)
+    assert bench((2, 3)).cores == (2, 3)
+    assert bench(()).cores == ()
+
+
+def test_not_pinned_is_null_in_the_plan_of_the_runner(tmp_path: Path) -> None:
+    device = Loud()
+    settings = DeviceConfig(threads=2, cores=())
+    bench = Bench(DEVICE, device, settings, lambda *_: Path("unread"), tmp_path)
+    found = Session(bench, items(), Schedule())
+    found.run("measuring")
+    assert {str(plan["cores"]) for plan in device.plans} == {"None"}
+    assert found.header("litert").pinned is False and found.cores == ()
 
 
 def test_an_image_is_fed(tmp_path: Path) -> None:

@@ -101,6 +101,49 @@ def test_models_may_be_deleted_or_truncated_on_the_board(
     } == whole
 
 
+def test_damaged_models_are_sent_again(board: Ssh, server: Server, tmp_path: Path) -> None:
+    """A flipped bit, and the model of another op: neither changes a file's size or name."""
+    list(board.measure(plan(), tmp_path))
+    whole = {path: path.read_bytes() for path in (server.home / "models").glob("*.tflite")}
+    flipped, swapped, _ = whole
+    flipped.write_bytes(whole[flipped][:-1] + bytes([whole[flipped][-1] ^ 1]))
+    swapped.write_bytes(whole[flipped])
+    note, *rows = board.measure(plan(), tmp_path)
+    assert note["note"].startswith("sending 2 models")
+    assert len(rows) == 1 + len(OPS)
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_only_the_user_of_the_board_can_enter_the_folder(
+    board: Ssh, server: Server, tmp_path: Path
+) -> None:
+    """A new one, and one of an earlier version that was open to all."""
+    models = server.home / "models"
+    (server.home / ".bashrc").write_text("umask 0\n")
+    list(board.measure(plan(OPS[:1]), tmp_path))
+    assert models.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o077 for path in models.iterdir()} == {0}
+    models.chmod(0o777)
+    list(board.measure(plan(OPS[:1]), tmp_path))
+    assert models.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_folder_stays_as_open_as_it_is(server: Server, tmp_path: Path) -> None:
+    server.home.chmod(0o755)
+    list(Ssh(server.device(folder=".")).measure(plan(OPS[:1]), tmp_path))
+    assert server.home.stat().st_mode & 0o777 == 0o755
+    [model] = server.home.glob("*.tflite")
+    assert model.stat().st_mode & 0o077 == 0
+
+
+def test_not_pinned(board: Ssh, server: Server, tmp_path: Path) -> None:
+    assert Ssh(server.device().model_copy(update={"cores": ()})).cores(2) == ()
+    header, *_ = (row for row in board.measure(plan(cores=None), tmp_path) if "runner" in row)
+    assert header["cores"] == sorted(os.sched_getaffinity(0)) and header["pinned"] is False
+    header, *_ = (row for row in board.measure(plan(), tmp_path) if "runner" in row)
+    assert header["pinned"] is True
+
+
 def test_a_model_that_changes_while_it_is_sent(board: Ssh, server: Server, tmp_path: Path) -> None:
     """It must not be kept on the board under the hash of its earlier content."""
     model = tmp_path / "model.tflite"
@@ -131,7 +174,7 @@ def test_errors_from_the_board_name_the_local_files(board: Ssh, tmp_path: Path) 
     )
     _, _, first, second, third = board.measure(wanted, tmp_path)
     assert str(tmp_path / "missing.tflite") in second["error"]
-    assert "error" in first
+    assert "error" in first and str(tmp_path) not in first["error"]
     assert "ms" in third
 
 

@@ -67,12 +67,13 @@ def test_predict_with_a_broken_model_or_images_of_the_wrong_size(
 ) -> None:
     broken = tmp_path / "broken.tflite"
     broken.write_bytes(b"no model")
-    with pytest.raises(DeviceError, match=r"board: Cannot run .*/broken\.tflite"):
+    with pytest.raises(DeviceError, match=r"board: Cannot run broken\.tflite"):
         board.predict(broken, np.zeros((1000, 64, 64, 3), np.float32), tmp_path)
-    with pytest.raises(DeviceError, match="Cannot set tensor"):
+    with pytest.raises(DeviceError, match="Cannot set tensor") as caught:
         board.predict(
             timing_file(OPS, "litert", "fp32"), np.zeros((1, 9, 9, 3), np.float32), tmp_path
         )
+    assert os.environ["HWNAS_CACHE"] not in str(caught.value), "a path of this computer"
 
 
 def test_a_lost_connection_loses_no_row(board: Ssh, server: Server, tmp_path: Path) -> None:
@@ -282,8 +283,61 @@ def test_a_python_without_a_runtime(server: Server, tmp_path: Path) -> None:
     ) == len(OPS)
 
 
-def test_host_keys_and_our_own(server: Server) -> None:
-    """A host key that is unknown or has changed, and a key of ours that is refused."""
+def test_an_onnxruntime_that_is_too_old_is_named_with_the_version_that_works(
+    server: Server, tmp_path: Path
+) -> None:
+    """Before anything is built; and not hidden behind the other runtime, which is missing."""
+    python = environment(server.folder / "old-onnx", "numpy", "pip")
+    [packages] = (server.folder / "old-onnx/lib").glob("python3*/site-packages")
+    (packages / "onnxruntime.py").touch()
+    metadata = packages / "onnxruntime-1.12.1.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: onnxruntime\nVersion: 1.12.1\n")
+
+    device = server.device(python=python)
+    settings = DeviceConfig(runtime="onnxruntime")
+    with pytest.raises(DeviceError) as caught:
+        profile(
+            Bench(device, Ssh(device), settings, timing_file, tmp_path),
+            digits_space(),
+            ProfileConfig(),
+        )
+    assert str(caught.value) == (
+        "board: onnxruntime 1.12.1 is too old for the files of hwnas; 1.14 or later works:"
+        f" {python} -m pip install 'onnxruntime>=1.14' numpy"
+    )
+
+
+def test_a_folder_of_another_user_or_of_all_is_refused(
+    board: Ssh, server: Server, tmp_path: Path
+) -> None:
+    models = server.home / "models"
+    models.mkdir()
+    models.chmod(0o1777)
+    with pytest.raises(
+        DeviceError, match=r"models is shared by all users: set the device option folder to one of"
+    ):
+        list(board.measure(plan(), tmp_path))
+    assert models.stat().st_mode & 0o7777 == 0o1777
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder to another user")
+    models.chmod(0o777)
+    os.chown(models, 4242, 4242)
+    with pytest.raises(DeviceError, match=r"models belongs to another user: set the device option"):
+        list(board.measure(plan(), tmp_path))
+    assert list(models.iterdir()) == []
+
+
+def test_a_core_that_is_not_there_comes_with_the_way_out(board: Ssh, tmp_path: Path) -> None:
+    with pytest.raises(
+        DeviceError,
+        match=r"^board: Cannot run on cores \[4000\]; this machine has \[.*device\.cores = \[\] to",
+    ):
+        list(board.measure(plan(cores=[4000]), tmp_path))
+
+
+def test_the_hosts_keys(server: Server) -> None:
+    """Unknown, changed, and a key of ours that the board does not take."""
     (server.folder / "known_hosts").write_text("")
     assert "this computer does not know its host key; run `ssh -F" in complaint(
         Ssh(server.device())
@@ -331,7 +385,7 @@ def test_a_full_disk(kind: str, board: Ssh, server: Server, tmp_path: Path) -> N
         (server.home / ".bashrc").write_text("ulimit -f 8\n")
     elif (
         subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", models],
+            ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", models],
             capture_output=True,
             check=False,
         ).returncode
@@ -369,6 +423,9 @@ def test_a_folder_that_cannot_be_created(server: Server, tmp_path: Path) -> None
         "",
         "x\ntouch executed",
         "-oProxyCommand=touch executed",
+        "board\0-oProxyCommand=touch",
+        "board\x1b[2J",
+        "board\n",
         "me@-oProxyCommand=touch",
         "a b",
         "a@b@c",
@@ -412,6 +469,13 @@ def test_other_names_with_shell_characters(
         ({"hots": "x"}, "device board has an unknown option 'hots'; did you mean 'host'?"),
         ({"port": "ssh"}, "port = 'ssh' is not a number from 1 to 65535"),
         ({"port": "65536"}, "port = '65536' is not a number"),
+        ({"port": "2" * 5000}, "222... is not a number from 1"),
+        ({"port": "22\0"}, r"port = '22\x00' is not a number from 1 to 65535"),
+        ({"identity": "key\0"}, r"identity = 'key\x00' is not a file; correct the path"),
+        ({"identity": "~nobody-of-that-name/key"}, "is not a file; correct the path"),
+        ({"config": "x" * 5000}, "is not a file; correct the path"),
+        ({"python": "python3\x1b[2J"}, r"python = 'python3\x1b[2J' is not a path"),
+        ({"folder": "models\0"}, r"folder = 'models\x00' is not a path"),
         ({"identity": "/no/such/key"}, "identity = '/no/such/key' is not a file; correct the path"),
         ({"config": "/no/such/config"}, "config = '/no/such/config' is not a file"),
         ({"python": ""}, "python = '' is not a path"),

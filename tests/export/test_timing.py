@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,42 @@ def test_a_file_is_written_once_and_has_its_ops(
     assert path.name.startswith(ops[0].key if len(ops) == 1 else "net-")
     outputs = (1, 10) if ops[-1] is CLASSIFIER else (1, 8, 8, 8)
     assert ends(path) == ((1, 8, 8, 8), outputs, "int8" if dtype == "int8" else "float32")
+
+
+def swapped(path: Path, with_digest: bool) -> None:
+    other = timing_file((CLASSIFIER,), "litert", "fp32", path.parents[1])
+    path.write_bytes(other.read_bytes())
+    if with_digest:
+        digest = other.with_name(f"{other.name}.sha256")
+        path.with_name(f"{path.name}.sha256").write_bytes(digest.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\xff"),
+        lambda path: swapped(path, with_digest=False),
+        lambda path: swapped(path, with_digest=True),
+        lambda path: path.with_name(f"{path.name}.sha256").unlink(),
+    ],
+    ids=["empty", "cut off", "flipped", "of another op", "of another op, with its digest", "old"],
+)
+def test_a_damaged_file_is_made_again(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    path = timing_file((BLOCK,), "litert", "fp32", tmp_path)
+    content = path.read_bytes()
+    damage(path)
+    assert timing_file((BLOCK,), "litert", "fp32", tmp_path).read_bytes() == content
+
+
+def test_the_folders_of_the_cache_are_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HWNAS_CACHE", str(tmp_path / "cache"))
+    path = timing_file((CLASSIFIER,), "litert", "fp32")
+    for folder in (path.parent, tmp_path / "cache"):
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def ends(path: Path) -> tuple[tuple[int, ...], tuple[int, ...], str]:
