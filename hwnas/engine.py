@@ -14,9 +14,7 @@ the same number of threads; convolutions on a GPU sum in no fixed order.
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +28,20 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from hwnas import interruption
 from hwnas.config import OptimizerConfig
 from hwnas.core.cost import UNITS
-from hwnas.document import write_atomic
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
+from hwnas.failures import is_out_of_memory
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines
+from hwnas.state_check import (
+    counts_problem,
+    optimizer_problem,
+    part_problem,
+    weights_problem,
+)
+from hwnas.state_file import StateFile
 
 Metrics = dict[str, float]
 
@@ -196,7 +202,8 @@ def flush_denormals() -> None:
 class Engine:
     """Trains ``model`` on ``criterion`` for ``steps`` steps.
 
-    ``folder`` holds ``checkpoint.pt`` (removed by ``finish``) and ``metrics.jsonl``.
+    ``folder`` holds ``checkpoint.pt`` and the one before it (removed by ``finish``), and
+    ``metrics.jsonl``.
     ``optimizer_config.lr`` is for batches of 256 and scales with ``batch_size``.
     ``ema_decay`` = 0 keeps no moving average of the weights. ``extra`` is saved and
     restored with the weights.
@@ -227,6 +234,7 @@ class Engine:
         if self.ema_decay:
             self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
+        self.state_file = StateFile(self.folder)
         self.step = 0
 
     @property
@@ -339,33 +347,39 @@ class Engine:
         ``checkpoint_seconds`` and after the last step.
 
         ``after`` is called after every step and before its checkpoint is saved. What
-        ``after`` writes about a step is therefore on disk before the checkpoint.
+        ``after`` writes about a step is therefore on disk before the checkpoint. A
+        signal that asks the program to end takes effect after the current step, when a
+        checkpoint of it has been saved; see ``interruption.deferred``.
         """
         saved_at = time.monotonic()
         # A run that diverges early still has the good state that the error message names.
         if not self.checkpoint.exists():
             self.save()
         with (
+            interruption.deferred() as interrupted,
             progress.task(description, self.steps, self.step) as task,
             self.metrics.appending() as log,
         ):
-            while self.step < self.steps:
+            while self.step < self.steps and interrupted.number is None:
                 # Dropout draws from torch's global generator.
                 self.seed_torch()
                 metrics = step(self.step)
                 log({"step": self.step, **metrics})
                 self.step += 1
-                task.advance(note=note_of(metrics))
+                # a terminal that was closed, which sends SIGHUP, refuses to be written to
+                if interrupted.number is None:
+                    task.advance(note=note_of(metrics))
                 after()
                 is_due = time.monotonic() - saved_at > self.checkpoint_seconds
-                if is_due or self.step == self.steps:
+                is_over = self.step == self.steps or interrupted.number is not None
+                if is_due or is_over:
                     self.save()
                     saved_at = time.monotonic()
 
     @property
     def checkpoint(self) -> Path:
-        """The file that holds the state between runs."""
-        return self.folder / "checkpoint.pt"
+        """The file that holds the newest state between runs."""
+        return self.state_file.path
 
     def save(self) -> None:
         """Write the whole state atomically. If a weight is not finite, raises
@@ -373,62 +387,93 @@ class Engine:
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
             raise self._diverged("a weight is no longer finite")
-        state = {
-            "step": self.step,
-            "steps": self.steps,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "extra": {name: part.state_dict() for name, part in self.extra.items()},
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.checkpoint, buffer.getvalue())
+        self.state_file.write(
+            {
+                "step": self.step,
+                "steps": self.steps,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "extra": {name: part.state_dict() for name, part in self.extra.items()},
+            }
+        )
 
-    def resume(self) -> bool:
+    def resume(self, progress: Progress | None = None) -> bool:
         """Restore the last checkpoint, and drop the metrics of later steps. Returns
         whether there was a checkpoint.
 
-        Raises CheckpointError if the file is corrupt or belongs to another run.
+        If that file is damaged, the checkpoint before it is restored, which ``progress``
+        reports. Raises CheckpointError if there is none, or if the checkpoint belongs to
+        another run.
         """
-        if not self.checkpoint.exists():
+        if not self.state_file.exists():
             self.metrics.rewrite([])
             return False
+        state = self.state_file.read(self.device, progress or Progress())
+        problem = self._problem(state)
+        if problem is not None:
+            raise self._refused(problem)
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            if state["steps"] != self.steps:
-                raise CheckpointError(
-                    f"checkpoint {self.checkpoint} belongs to a run of {state['steps']} steps, not"
-                    f" {self.steps}: use --fresh."
-                )
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
-            for name, part in self.extra.items():
-                part.load_state_dict(state["extra"][name])
-        except (
-            RuntimeError,
-            LookupError,
-            ValueError,
-            TypeError,
-            EOFError,
-            OSError,
-            pickle.UnpicklingError,
-        ) as error:
-            if isinstance(error, CheckpointError):
+            self._restore(state)
+        except Exception as error:  # a part of a plug-in raises whatever a wrong state leads to
+            if is_out_of_memory(error):
                 raise
-            raise CheckpointError(
-                f"checkpoint {self.checkpoint} is corrupt or belongs to another network: remove"
-                " it, or start again with --fresh."
-            ) from error
+            raise self._refused("belongs to another run or network") from error
         self.step = state["step"]
-        self.metrics.rewrite([row for row in self.metrics.read() if row["step"] < self.step])
+        rows = self.metrics.read()
+        self.metrics.rewrite([row for row in rows if _is_before(row, self.step)])
         return True
 
+    def _problem(self, state: Any) -> str | None:
+        """Why a state does not belong to this training; None if it does."""
+        problem = counts_problem(state, self.steps)
+        if problem is None:
+            problem = weights_problem(self.model, state["model"])
+        if problem is None and self.ema is not None:
+            problem = weights_problem(self.ema.module, state["ema"])
+        if problem is None:
+            problem = optimizer_problem(
+                self.model, self._another_optimizer, state["optimizer"], state["step"]
+            )
+        for name, part in self.extra.items():
+            if problem is None:
+                problem = part_problem(name, part.state_dict(), state["extra"])
+        return problem
+
+    def _another_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(model, self.optimizer_config, self.base_lr)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        settings = [set(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        # only now: torch adds settings that were new after the checkpoint was written
+        for names, group in zip(settings, self.optimizer.param_groups, strict=True):
+            missing = names - group.keys()
+            if missing:
+                raise LookupError(f"the optimiser's setting {min(missing)!r} is missing")
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        for name, part in self.extra.items():
+            part.load_state_dict(state["extra"][name])
+
+    def _refused(self, problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {self.checkpoint} {problem}: use --fresh to start again, which moves the"
+            " earlier results aside."
+        )
+
     def finish(self) -> None:
-        """Remove the checkpoint, which the stage's outputs replace."""
-        self.checkpoint.unlink(missing_ok=True)
+        """Remove the checkpoints, which the stage's outputs replace."""
+        self.state_file.remove()
+
+
+def _is_before(row: Any, step: int) -> bool:
+    """Whether a row of the log belongs to a step before ``step``. A row that a person or
+    a bad disk has changed belongs to none.
+    """
+    number = row.get("step") if isinstance(row, dict) else None
+    return isinstance(number, int) and number < step
 
 
 def note_of(metrics: Metrics) -> str:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import JsonLines
+from hwnas.state_file import StateFile
 
 torch.set_num_threads(1)
 
@@ -329,54 +331,299 @@ def test_divergence_keeps_the_last_good_state(tmp_path: Path) -> None:
     assert_same(resumed.model.state_dict(), straight.model.state_dict())
 
 
-def checkpoint(tmp_path: Path) -> Engine:
-    engine = make(tmp_path)
+def checkpoint(folder: Path) -> Engine:
+    """An engine after three steps, whose checkpoint is the only one."""
+    engine = make(folder, ema_decay=0.9, extra={"counter": Counter()})
+    images = load_images(DATA, "train")
+    for x_NCHW, y in training_batches(images, 32, seed=0, steps=range(0, 3)):
+        engine.train_step(x_NCHW, y)
+        engine.step += 1
     engine.save()
     return engine
 
 
-def refused(engine: Engine) -> None:
-    fresh = make(engine.folder)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The content of a checkpoint."""
+    return checkpoint(tmp_path_factory.mktemp("saved")).checkpoint.read_bytes()
+
+
+def state_of(content: bytes) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+    return state
+
+
+def refused(folder: Path, content: bytes) -> str:
+    """Why a checkpoint of this content, with no other, is refused."""
+    (folder / "checkpoint.pt").write_bytes(content)
+    fresh = make(folder, ema_decay=0.9, extra={"counter": Counter()})
     with pytest.raises(CheckpointError) as caught:
         fresh.resume()
-    assert str(engine.checkpoint) in str(caught.value)
+    assert str(fresh.checkpoint) in str(caught.value)
     assert "--fresh" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert fresh.step == 0
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused(part: float, tmp_path: Path) -> None:
-    engine = checkpoint(tmp_path)
-    content = engine.checkpoint.read_bytes()
-    engine.checkpoint.write_bytes(content[: int(part * len(content))])
-    refused(engine)
+def test_truncated_checkpoint(part: float, tmp_path: Path, saved: bytes) -> None:
+    refused(tmp_path, saved[: int(part * len(saved))])
 
 
-def test_a_corrupt_checkpoint_is_refused(tmp_path: Path) -> None:
-    engine = checkpoint(tmp_path)
+def test_corrupt_checkpoint(tmp_path: Path) -> None:
     for content in (b"hello", b"PK\x03\x04" + bytes(200), bytes(1000)):
-        engine.checkpoint.write_bytes(content)
-        refused(engine)
+        refused(tmp_path, content)
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    engine = checkpoint(tmp_path)
-    good = torch.load(engine.checkpoint, weights_only=True)
-    other = nn.Linear(3, 3).state_dict()
-    bad: list[Any] = [
-        [1, 2],
-        {"step": 3},
-        {**good, "steps": 31},
-        {**good, "model": other},
-        {**good, "optimizer": {}},
-        torch.zeros(3),
+def saved_as(state: Any) -> bytes:
+    """A checkpoint of a state as it was written before it had a hash."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def flipped_bits(content: bytes) -> Iterator[bytes]:
+    """300 copies with one flipped bit each."""
+    for position in np.random.default_rng(0).integers(0, 8 * len(content), 300):
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << (position % 8)
+        yield bytes(flipped)
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path, saved: bytes) -> None:
+    file = StateFile(tmp_path)
+    for flipped in flipped_bits(saved):
+        file.path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="damaged"):
+            file.read(torch.device("cpu"), Progress())
+
+
+@pytest.mark.slow
+def test_checkpoints_without_a_hash_are_read_and_flipped_bits_of_tensors_noticed(
+    tmp_path: Path, saved: bytes
+) -> None:
+    content = saved_as(state_of(saved))
+    file = StateFile(tmp_path)
+    file.path.write_bytes(content)
+    assert_same(file.read(torch.device("cpu"), Progress()), state_of(saved))
+    weights = state_of(saved)["model"]["blocks.0.layers.conv.conv.weight"].numpy().tobytes()
+    place = content.index(weights)
+    for flipped in flipped_bits(weights):
+        file.path.write_bytes(content[:place] + flipped + content[place + len(flipped) :])
+        with pytest.raises(CheckpointError, match="damaged"):
+            file.read(torch.device("cpu"), Progress())
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path: Path) -> None:
+    straight = make(tmp_path / "straight")
+    train(straight)
+    killed = make(tmp_path / "killed")
+    with pytest.raises(Stopped):
+        train(killed, stop_at=13)
+    damaged = bytearray(killed.checkpoint.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    killed.checkpoint.write_bytes(damaged)
+
+    resumed = make(tmp_path / "killed")
+    said = Warnings()
+    assert resumed.resume(said) is True
+    assert resumed.step == 12
+    assert [row["step"] for row in resumed.metrics.read()] == list(range(12))
+    assert said.warnings == [
+        f"checkpoint {resumed.checkpoint} is damaged: resuming from the one before it instead."
     ]
-    for state in bad:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        engine.checkpoint.write_bytes(buffer.getvalue())
-        refused(engine)
+    # the damaged file is not the one before the next
+    assert not resumed.state_file.previous.exists()
+    train(resumed)
+    assert_same(resumed.model.state_dict(), straight.model.state_dict())
+    assert resumed.metrics.read() == straight.metrics.read()
+
+
+class Warnings(Progress):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_two_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"PK\x03\x04")
+    assert "and so is checkpoint.previous.pt" in refused(tmp_path, b"hello")
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("kill_at", range(10))
+def test_a_kill_while_a_checkpoint_is_written_leaves_a_usable_one(
+    kill_at: int, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each call that changes names, and after it, also on file systems without
+    links.
+    """
+    calls = 0
+
+    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == kill_at // 2 + 1 and kill_at % 2 == 0:
+                raise Stopped
+            function(*arguments, **options)
+            if calls == kill_at // 2 + 1:
+                raise Stopped
+
+        return call
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    file = StateFile(tmp_path)
+    for step in (1, 2):
+        file.write({"step": step})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", killing(os.link) if links else refuse)
+        for name in ("os.replace", "os.fsync"):
+            patch.setattr(name, killing(getattr(os, name[3:])))
+        try:
+            file.write({"step": 3})
+        except Stopped:
+            assert calls == kill_at // 2 + 1
+        else:
+            assert calls <= kill_at // 2
+    assert file.exists()
+    assert file.read(torch.device("cpu"), Progress())["step"] in (2, 3)
+
+
+def changed(state: Any, path: str, value: Any) -> Any:
+    """A copy of a state with another value at a place; ``...`` leaves it out."""
+    key, _, rest = path.partition("/")
+    place: Any = int(key) if key.isdecimal() else key
+    copied = dict(state) if isinstance(state, dict) else list(state)
+    if rest:
+        copied[place] = changed(copied[place], rest, value)
+    elif value is ...:
+        del copied[place]
+    else:
+        copied[place] = value
+    return copied
+
+
+WEIGHT = "blocks.0.layers.conv.conv.weight"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("steps", 31, "belongs to a run of 31 steps, not 30"),
+        ("step", ..., "lacks 'step'"),
+        ("extra", ..., "lacks 'extra'"),
+        ("step", -1, "saved at step -1 of 30"),
+        ("step", 31, "saved at step 31 of 30"),
+        ("step", True, "saved at step True of 30"),
+        ("step", 3.0, "saved at step 3.0 of 30"),
+        ("step", "3", "saved at step '3' of 30"),
+        ("step", torch.zeros(2), "saved at step tensor"),
+        ("model", nn.Linear(3, 3).state_dict(), "lacks the weight"),
+        ("model", [], "lacks the weights"),
+        (f"model/{WEIGHT}", torch.zeros(3), "holds [3] numbers in"),
+        (f"model/{WEIGHT}", 3.0, "holds a float in"),
+        (f"model/{WEIGHT}", torch.zeros(16, 1, 3, 3).double(), "holds torch.float64 in"),
+        (f"model/{WEIGHT}", torch.full((16, 1, 3, 3), math.nan), "holds NaN in"),
+        ("model/more", torch.zeros(3), "holds the weight 'more'"),
+        ("ema", None, "lacks the weights"),
+        (f"ema/{WEIGHT}", ..., f"lacks the weight '{WEIGHT}'"),
+        ("optimizer", {}, "lacks the state of the optimiser"),
+        ("optimizer", None, "lacks the state of the optimiser"),
+        ("optimizer/state", {}, "lacks the state of the optimiser after 3 steps"),
+        ("optimizer/state", [], "lacks the state of the optimiser"),
+        ("optimizer/state/0", {}, "lacks 'momentum_buffer' in the optimiser's state of weight 0"),
+        ("optimizer/state/0", None, "lacks the optimiser's state of weight 0"),
+        ("optimizer/state/0/square_avg", torch.zeros(2), "holds [2] numbers in"),
+        ("optimizer/state/0/square_avg", 1.0, "holds a float in"),
+        ("optimizer/state/999", {}, "weight 999, which has none"),
+        ("optimizer/param_groups", [], "belongs to an optimiser of other weights"),
+        ("optimizer/param_groups", 1, "lacks the settings of the optimiser"),
+        ("optimizer/param_groups/0/params", [0], "belongs to an optimiser of other weights"),
+        ("optimizer/param_groups/0/weight_decay", "x", "holds a str in"),
+        ("optimizer/param_groups/0/weight_decay", ..., "another run or network"),
+        ("extra", [], "lacks the state of 'counter'"),
+        ("extra", {}, "lacks the state of 'counter'"),
+        ("extra/counter", 3, "holds a int in the state of 'counter'"),
+        ("extra/counter/values", torch.zeros(4), "holds [4] numbers in"),
+        ("extra/counter/values", ..., "another run or network"),
+        ("extra/counter/name", "someone", "another run or network"),
+    ],
+)
+def test_a_checkpoint_with_an_impossible_part_is_refused(
+    path: str, value: Any, words: str, tmp_path: Path, saved: bytes
+) -> None:
+    assert words in refused(tmp_path, saved_as(changed(state_of(saved), path, value)))
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"step": 3}, torch.zeros(3), 7])
+def test_a_file_of_something_else_is_refused(state: Any, tmp_path: Path) -> None:
+    refused(tmp_path, saved_as(state))
+
+
+OPTIMIZERS = ("sgd", "adamw", "rmsproptf", "adafactor", "lamb", "lion", "lookahead_lion", "muon")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_another_optimiser_is_refused(name: str, tmp_path: Path) -> None:
+    """Its own is not, whatever the optimiser keeps."""
+
+    def engine_of(name: str) -> Engine:
+        config = OptimizerConfig(name=name, lr=0.1, options={})
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+        return Engine(model, config, 7, 8, 0, tmp_path, checkpoint_seconds=1e9)
+
+    engine = engine_of(name)
+    x_NCHW = torch.ones(8, 1, 4, 4)
+    labels = torch.arange(8) % 3
+    engine.fit(lambda step: engine.train_step(x_NCHW, labels), Progress(), "training")
+    again = engine_of(name)
+    assert again.resume() is True
+    assert_same(again.optimizer.state_dict(), engine.optimizer.state_dict())
+    for other in OPTIMIZERS:
+        # a wrapper keeps what is in it
+        if other.removeprefix("lookahead_") != name.removeprefix("lookahead_"):
+            with pytest.raises(CheckpointError, match="--fresh"):
+                engine_of(other).resume()
+
+
+def test_rows_of_the_log_that_are_no_steps_are_dropped(tmp_path: Path, saved: bytes) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(saved)
+    rows = ["[1, 2]", "3", '{"loss": 1}', '{"step": "0"}', '{"step": 1, "loss": 2}', "null"]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    engine = make(tmp_path, ema_decay=0.9, extra={"counter": Counter()})
+    assert engine.resume() is True
+    assert engine.metrics.read() == [{"step": 1, "loss": 2}]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_too_little_memory_for_a_checkpoint_does_not_condemn_it(
+    words: str, tmp_path: Path, saved: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError(words)
+
+    (tmp_path / "checkpoint.pt").write_bytes(saved)
+    for name in ("torch.load", "torch.nn.Module.load_state_dict"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=words):
+            patch.setattr(name, refuse)
+            make(tmp_path, ema_decay=0.9, extra={"counter": Counter()}).resume()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
 
 
 class Trap:
@@ -388,14 +635,10 @@ class Trap:
         return setattr, (Trap, "sprung", True)
 
 
-def test_a_pickled_object_is_refused(tmp_path: Path) -> None:
-    engine = checkpoint(tmp_path)
-    good = torch.load(engine.checkpoint, weights_only=True)
-    buffer = io.BytesIO()
-    torch.save({**good, "extra": {"trap": Trap()}}, buffer)
-    for content in (buffer.getvalue(), pickle.dumps(OrderedDict(trap=Trap()))):
-        engine.checkpoint.write_bytes(content)
-        refused(engine)
+def test_a_pickled_object_is_refused(tmp_path: Path, saved: bytes) -> None:
+    trapped = saved_as({**state_of(saved), "extra": {"trap": Trap()}})
+    for content in (trapped, pickle.dumps(OrderedDict(trap=Trap()))):
+        refused(tmp_path, content)
         assert Trap.sprung is False
 
 
@@ -422,17 +665,17 @@ class Counter:
 
 def test_extra_state_is_saved_and_restored(tmp_path: Path) -> None:
     counter = Counter()
-    engine = make(tmp_path, extra={"counter": counter})
+    engine = make(tmp_path, steps=5, extra={"counter": counter})
+    train(engine)
     counter.values += 4
-    engine.step = 5
     engine.save()
     again = Counter()
-    resumed = make(tmp_path, extra={"counter": again})
+    resumed = make(tmp_path, steps=5, extra={"counter": again})
     assert resumed.resume() is True
     assert resumed.step == 5
     assert again.values.tolist() == [4, 4, 4]
     resumed.finish()
-    assert not engine.checkpoint.exists()
+    assert not list(tmp_path.glob("*.pt"))
     resumed.finish()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hwnas.core.table import LatencyTable
 from hwnas.devices.device import Device
 from hwnas.devices.session import Bench
 from hwnas.devices.simulated import Simulated
-from hwnas.errors import DocumentError
+from hwnas.errors import DeviceError, DocumentError
 from hwnas.export.bundle import Bundle
 from hwnas.export.timing import timing_file
 from hwnas.pipeline import Pipeline
@@ -194,6 +195,38 @@ def test_a_classifier_that_loses_accuracy_fails(
     assert all(file.quality_passed for file in files.values())
 
 
+class NotANumber(Throttled):
+    """A device on which one file's outputs are NaN."""
+
+    def predict(self, model: Path, images_NHWC: np.ndarray, folder: Path) -> np.ndarray:
+        outputs = super().predict(model, images_NHWC, folder)
+        return outputs * np.nan if model.name == "model-fp32.tflite" else outputs
+
+
+def test_outputs_that_are_not_finite_are_one_sentence(
+    finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
+) -> None:
+    with pytest.raises(DeviceError, match=r"model-fp32\.tflite gave outputs that are not finite"):
+        verdict(finished_run, device, experiment, tmp_path, connect=NotANumber)
+
+
+def test_validation_depends_on_the_outputs_that_it_compares_with(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    pipeline = Pipeline(load_experiment(finished_run.parent / "tiny.toml"), run, Progress())
+    before = pipeline.stage("validate").inputs()
+    parity = run / "export" / "parity.npz"
+    damaged = bytearray(parity.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    parity.write_bytes(damaged)
+    after = pipeline.stage("validate").inputs()
+    assert {name for name in before if before[name] != after[name]} == {"parity.npz"}
+    with pytest.raises(DocumentError, match=r"parity\.npz is missing or not the file"):
+        pipeline.run_stage("validate")
+
+
 def test_a_file_whose_runtime_the_device_lacks_is_named(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
@@ -203,7 +236,41 @@ def test_a_file_whose_runtime_the_device_lacks_is_named(
     assert f"model.onnx: not run, {device.id} does not run onnxruntime" in lines(outcome)
 
 
-def test_latencies_fitted_to_whole_networks_show_no_drift(
+def test_a_runtime_that_is_missing_comes_with_the_reason(
+    finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
+) -> None:
+    class Explained(Wrong):
+        def missing(self) -> dict[str, str]:
+            return {"onnxruntime": "onnxruntime 1.12.1 is too old"}
+
+    found = verdict(finished_run, device, experiment, tmp_path, connect=Explained)
+    assert found.not_run == {
+        "model.onnx": f"{device.id} does not run onnxruntime (onnxruntime 1.12.1 is too old)"
+    }
+
+
+def test_a_board_out_of_reach_leaves_the_earlier_verdict_where_it_is(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    if shutil.which("ssh") is None:
+        pytest.skip("there is no ssh client here")
+    root = tmp_path / "run"
+    shutil.copytree(finished_run, root)
+    with socket.socket() as taken:  # bound, but not listening
+        taken.bind(("127.0.0.1", 0))
+        options = {"host": "127.0.0.1", "port": str(taken.getsockname()[1])}
+        document = tmp_path / "board.json"
+        Device(id="board", soc="none", connection="ssh", options=options).save(document)
+        config = finished_run.parent / "tiny.toml"
+        experiment = load_experiment(config, [f"device.name={document}"])
+        with pytest.raises(DeviceError, match="cannot reach board over ssh"):
+            Pipeline(experiment, root, Progress()).run_stage("validate")
+    assert (root / "validate/verdict.json").read_bytes() == (
+        finished_run / "validate/verdict.json"
+    ).read_bytes()
+
+
+def test_prices_fitted_to_whole_networks_tell_no_drift(
     finished_run: Path, device: Device, experiment: Experiment, tmp_path: Path
 ) -> None:
     """They are not times of standalone blocks, which drift is measured with: a device

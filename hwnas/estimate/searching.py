@@ -139,11 +139,11 @@ def _time_steps(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, floa
 def checkpoints(
     engine: Engine, training: Part, every_seconds: float, watch: Stopwatch
 ) -> tuple[Part, float]:
-    """Saving checkpoints during training, and the bytes of one. The weights that the
-    stage writes at the end are smaller.
+    """Saving checkpoints during training, and the bytes of two, the newest and the one
+    before it. The weights that the stage writes at the end are smaller.
     """
     per_save = watch.once(engine.save)
-    size_bytes = engine.checkpoint.stat().st_size
+    size_bytes = 2 * engine.checkpoint.stat().st_size
     engine.finish()
     count = training.count
     if every_seconds:

@@ -23,7 +23,8 @@ which select the detections themselves:
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -42,14 +43,17 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.core.metric import ACCURACY, AP
 from hwnas.data.images import Images
-from hwnas.document import Document, Record, file_sha256, write_atomic
-from hwnas.errors import DocumentError
+from hwnas.document import Document, Record, file_sha256, read_bytes, write_atomic
+from hwnas.errors import DocumentError, ExportError
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, labels_text
 from hwnas.export.names import IMAGE, PROBABILITIES
+from hwnas.export.quantization import first_line
 from hwnas.export.score_calibration import Transformation
 from hwnas.export.target import Target, target
 from hwnas.task import Output, Parity, Task, task_named
+
+PARITY_FILE = "parity.npz"
 
 
 class FileInput(Record):
@@ -84,8 +88,8 @@ class BundleFile(Record):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
-class TextFile(Record):
-    """A text file next to the models."""
+class OtherFile(Record):
+    """A file next to the models."""
 
     name: str
     size_bytes: int
@@ -184,7 +188,8 @@ class Bundle(Document):
     test_images: int
     files: tuple[BundleFile, ...]
     detector: DetectorPart | None = None
-    labels_file: TextFile | None = None
+    labels_file: OtherFile | None = None
+    parity_file: OtherFile | None = None
     score_calibration: CalibrationPart | None = None
     versions: dict[str, str]
 
@@ -196,6 +201,17 @@ class Bundle(Document):
             raise ValueError(
                 "the key detector must be present for a detector, and only then: export again"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _finite(self) -> Self:
+        numbers = dict(self.metrics)
+        for file in self.files:
+            numbers[f"{file.name}, relative_error"] = file.parity.relative_error
+            numbers[f"{file.name}, agreement"] = file.parity.agreement
+        for name, number in numbers.items():
+            if not math.isfinite(number):
+                raise ValueError(f"{name} is {number}: export again")
         return self
 
     @classmethod
@@ -309,18 +325,61 @@ def describe_file(
     )
 
 
-def write_labels(folder: Path, labels: Sequence[str]) -> TextFile:
+def write_labels(folder: Path, labels: Sequence[str]) -> OtherFile:
     """Write ``labels.txt``, and return its entry."""
     path = folder / LABELS_FILE
     write_atomic(path, labels_text(labels).encode())
-    return TextFile(name=path.name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
+    return _entry(path)
 
 
-def save_parity(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays as npz, atomically."""
+def write_parity(folder: Path, arrays: Mapping[str, np.ndarray]) -> OtherFile:
+    """Write ``parity.npz``, and return its entry. Raises ExportError if an array holds
+    NaN.
+    """
+    for name, array in arrays.items():
+        if has_nan(array):
+            raise ExportError(
+                f"the trained network's {name} for test images hold NaN: train again, with a lower"
+                " train.optimizer.lr or with train.optimizer.clip_norm."
+            )
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    path = folder / PARITY_FILE
     write_atomic(path, buffer.getvalue())
+    return _entry(path)
+
+
+def _entry(path: Path) -> OtherFile:
+    return OtherFile(name=path.name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def has_nan(array: np.ndarray) -> bool:
+    """Whether an array holds NaN."""
+    return array.dtype.kind == "f" and bool(np.isnan(array).any())
+
+
+def load_parity(folder: Path, *names: str) -> dict[str, np.ndarray]:
+    """All arrays in the ``parity.npz`` of a bundle.
+
+    Raises DocumentError if the file is missing or damaged, if it lacks one of ``names``,
+    or if an array holds NaN.
+    """
+    path = folder / PARITY_FILE
+    content = read_bytes(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy and zipfile raise whatever damage leads to
+        raise DocumentError(f"{path} is damaged ({first_line(error)}): export again.") from error
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise DocumentError(f"{path} lacks the array {missing[0]!r}: export again.")
+    for name, array in arrays.items():
+        if has_nan(array):
+            raise DocumentError(f"{path} holds NaN in {name!r}: export again.")
+    return arrays
 
 
 def tool_versions() -> dict[str, str]:

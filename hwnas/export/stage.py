@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,19 @@ import numpy as np
 from hwnas.data.images import Images, Portion, evaluation_batches, load_images, sampled_images
 from hwnas.devices.device import HOST, connect
 from hwnas.document import write_atomic
-from hwnas.errors import ConfigError
+from hwnas.errors import ConfigError, ExportError
 from hwnas.export import score_calibration
 from hwnas.export.bundle import (
+    PARITY_FILE,
     Bundle,
     CalibrationPart,
     DetectorPart,
     describe_file,
     described_input,
     preprocessing,
-    save_parity,
     tool_versions,
     write_labels,
+    write_parity,
 )
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import LABELS_FILE, ModelCard
@@ -42,7 +44,7 @@ CALIBRATION_PORTION = 0.5
 
 def outputs(formats: tuple[str, ...]) -> list[str]:
     """The files that the stage writes."""
-    return ["bundle.json", "parity.npz", LABELS_FILE, *(target(kind).file for kind in formats)]
+    return ["bundle.json", PARITY_FILE, LABELS_FILE, *(target(kind).file for kind in formats)]
 
 
 def run(ctx: StageContext, predict: Predict) -> None:
@@ -54,7 +56,7 @@ def run(ctx: StageContext, predict: Predict) -> None:
     _check_kind(network, task)
     bundle = _exported(ctx, network, task, predict)
     bundle.save(ctx.folder / "bundle.json")
-    ctx.progress.info(f"PyTorch: {task.said(dict(bundle.metrics), bundle.test_images)}")
+    ctx.progress.info(f"PyTorch: {task.describe_result(dict(bundle.metrics), bundle.test_images)}")
     for file in bundle.files:
         ctx.progress.info(
             f"{file.name}: {file.size_bytes / 1e3:.0f} kB, relative error"
@@ -131,8 +133,8 @@ def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict)
     images = interface.fed(sampled_images(test, count))
     # PyTorch gets the same rounded pixels as the files, so rounding is no difference.
     reference = task.torch_outputs(network, interface.seen(images))
-    arrays = {task.reference: reference, **answers.arrays()}
-    save_parity(ctx.folder / "parity.npz", images=images, **arrays)
+    arrays = {"images": images, task.reference: reference, **answers.arrays()}
+    parity_file = write_parity(ctx.folder, arrays)
 
     calibrated = None
     if config.score_calibration:
@@ -158,6 +160,12 @@ def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict)
             predicted = predict(path, images, ctx.folder)
             expected = interface.outputs_of(reference)
             parity = task.parity(format_target.graph, predicted, expected, arch)
+            if not math.isfinite(parity.relative_error):
+                raise ExportError(
+                    f"{path.name} and PyTorch cannot be compared, because their outputs for test"
+                    " images are not finite or all 0: train again, with a lower train.optimizer.lr"
+                    f" or more train.epochs, or leave {kind} out of export.formats."
+                )
             entry = described_input(format_target, interface, arch)
             exits = task.outputs(format_target.graph, arch, interface.output)
             files.append(describe_file(ctx.folder, kind, parity, entry, exits))
@@ -175,6 +183,7 @@ def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict)
         files=tuple(files),
         detector=DetectorPart.of(arch, task.post_processing),
         labels_file=write_labels(ctx.folder, test.names),
+        parity_file=parity_file,
         score_calibration=None if calibrated is None else calibrated.part(),
         versions=tool_versions(),
     )
@@ -238,7 +247,12 @@ class Export(Stage):
         """The weights, the data and the settings."""
         trained = self.at.hash_of(self.at.path("train", "model.safetensors"), "train")
         sections = ("export", *task_of(self.at.experiment).tables)
-        return {**trained, **self.at.hashes_of_data(), **self.at.hashes_of_config(*sections)}
+        data = self.at.hashes_of_data("train", "test")
+        return {**trained, **data, **self.at.hashes_of_config(*sections)}
+
+    def check_ready(self) -> None:
+        """Raise CheckpointError if the trained network is damaged."""
+        load_network(self.at.path("train", "model.safetensors"))
 
     def summary(self) -> str:
         """The exported formats."""

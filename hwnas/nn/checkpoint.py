@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hwnas.core.arch import Architecture
 from hwnas.document import read_bytes, write_atomic
 from hwnas.errors import CheckpointError, DocumentError
+from hwnas.failures import is_out_of_memory
 from hwnas.nn.network import Network, network_of
 
 
@@ -37,6 +38,8 @@ def load_network(path: Path) -> Network:
         network = network_of(Architecture.parse(metadata["architecture"], str(path)))
         network.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _corrupt(path, error) from error
     return network
 
@@ -64,13 +67,13 @@ def load_tensors_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]
         raise CheckpointError(str(error)) from error
     try:
         return load_tensors(content), _metadata(content)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _corrupt(path, error) from error
 
 
 def _corrupt(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {path} is corrupt or was cut off ({_first_line(error)}): train again, or"
+        f"checkpoint {path} is corrupt or was cut off ({first_line(error)}): train again, or"
         " restore the file."
     )
 
@@ -98,5 +101,6 @@ def _metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; the name of its type if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]

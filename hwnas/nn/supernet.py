@@ -37,10 +37,11 @@ from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
 from hwnas.core.spaces import parse_space
 from hwnas.errors import CheckpointError, ConfigError
+from hwnas.failures import is_out_of_memory
 from hwnas.nn import transfer
 from hwnas.nn.blocks import initialise
 from hwnas.nn.cells import CellSupernet, GrowingSupernet
-from hwnas.nn.checkpoint import load_tensors_checked
+from hwnas.nn.checkpoint import first_line, load_tensors_checked
 from hwnas.nn.detector import Outputs
 from hwnas.nn.elastic import Sharing
 from hwnas.nn.elastic_detector import ElasticDetector, copy_into
@@ -406,9 +407,12 @@ def read_supernet(path: Path) -> Supernet:
         config = SupernetConfig.model_validate(settings)
         supernet = make_supernet(space, torch.Generator().manual_seed(0), config)
         supernet.load_state_dict(tensors)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
-            f"super-net {path} does not fit this version of hwnas ({error}): train it again."
+            f"super-net {path} does not fit this version of hwnas ({first_line(error)}): train it"
+            " again."
         ) from error
     return supernet
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hwnas.core.arch import Architecture
+from hwnas.document import user_path
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import load_network
 from hwnas.nn.network import Network
@@ -33,7 +34,7 @@ def backbone_file(folder: str) -> Path:
     """The weights file in ``folder``, which ``train.backbone`` names, or in its
     subfolder ``train``. Raises ConfigError if there is none.
     """
-    root = Path(folder).expanduser()
+    root = user_path(folder, "train.backbone")
     for path in (root / WEIGHTS, root / "train" / WEIGHTS):
         if path.is_file():
             return path

@@ -80,7 +80,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         ema_decay=config.ema_decay,
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
-    engine.resume()
+    engine.resume(ctx.progress)
 
     # These two continue at the engine's step, so they come after it has resumed.
     validation = Validation(ctx, engine, test, len(train) / config.batch_size)
@@ -218,8 +218,9 @@ class Train(Stage):
                 )
         if config.backbone is not None:
             files["backbone"] = file_sha256(trained_backbone(config.backbone, arch))
+        data = self.at.hashes_of_data("train", "test")
         settings = self.at.hashes_of_config("train", "seed", *task_of(self.at.experiment).tables)
-        return {"architecture": arch.sha256, **files, **self.at.hashes_of_data(), **settings}
+        return {"architecture": arch.sha256, **files, **data, **settings}
 
     def summary(self) -> str:
         """The architecture, the number of epochs, and the initial weights."""

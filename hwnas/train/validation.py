@@ -69,7 +69,8 @@ class Validation:
         """Drop the rows that are later than the engine's state. Call it after the engine
         has resumed.
         """
-        self.log.rewrite([row for row in self.log.read() if row["step"] <= self.engine.step])
+        rows = self.log.read(numbers=("step",))
+        self.log.rewrite([row for row in rows if row["step"] <= self.engine.step])
 
     def __call__(self) -> None:
         """If an evaluation is due at this step, run it, log it and report it."""

@@ -12,7 +12,7 @@ import numpy as np
 from hwnas.devices.session import Bench, Item
 from hwnas.document import file_sha256
 from hwnas.errors import DocumentError
-from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.bundle import Bundle, BundleFile, OtherFile
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ def load_bundle(folder: Path) -> Bundle:
     match its hash.
     """
     bundle = Bundle.load(folder / "bundle.json")
-    for file in bundle.files:
+    # older bundles have no hashes of the files beside the models
+    others = [file for file in (bundle.labels_file, bundle.parity_file) if file is not None]
+    described: list[BundleFile | OtherFile] = [*bundle.files, *others]
+    for file in described:
         path = folder / file.name
         if not path.is_file() or file_sha256(path) != file.sha256:
             raise DocumentError(

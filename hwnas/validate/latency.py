@@ -15,7 +15,7 @@ from hwnas.core.ops import Op
 from hwnas.core.table import LatencyTable
 from hwnas.devices.session import Bench, Item, Schedule, Session
 from hwnas.document import write_atomic
-from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.bundle import Bundle, BundleFile, load_parity
 from hwnas.export.post_processing import BOX
 from hwnas.export.target import target
 from hwnas.validate.exported import Exported
@@ -188,9 +188,8 @@ def write_typical_image(bundle_folder: Path, reference: str, score: float, path:
     as the files take it: float32 or uint8 [1, H, W, C]. ``reference`` names PyTorch's
     rows (``Task.reference``).
     """
-    with np.load(bundle_folder / "parity.npz", allow_pickle=False) as arrays:
-        images_NHWC = arrays["images"]
-        rows = arrays[reference]
+    arrays = load_parity(bundle_folder, "images", reference)
+    images_NHWC, rows = arrays["images"], arrays[reference]
     # the time grows with the boxes that NMS compares, so the median image is typical
     counts = (rows[..., BOX:] > score).sum(axis=(1, 2))
     typical = int(np.argsort(counts, kind="stable")[len(counts) // 2])

@@ -4,6 +4,7 @@ as defined by the bundle's task.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ from hwnas.config import DataConfig, ValidateConfig
 from hwnas.data.images import Images, evaluation_batches, evaluation_order, load_images
 from hwnas.devices.session import Bench
 from hwnas.errors import DeviceError, DocumentError
-from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.bundle import PARITY_FILE, Bundle, BundleFile, load_parity
+from hwnas.export.quantization import first_line
 from hwnas.export.target import target
 from hwnas.task import Answers, FileAnswers, Parity
 from hwnas.validate.exported import Exported
@@ -79,20 +81,36 @@ def _parities(exported: Exported, bench: Bench) -> dict[str, Parity]:
     """
     bundle = exported.bundle
     task = bundle.settings
-    with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
-        images_NHWC = arrays["images"]
-        reference = bundle.interface.outputs_of(arrays[task.reference])
+    arrays = load_parity(exported.folder, "images", task.reference)
+    images_NHWC = arrays["images"]
+    reference = bundle.interface.outputs_of(arrays[task.reference])
     parities = {}
     for file in exported.files:
         graph = target(file.format).graph
         outputs = _outputs(exported, file, images_NHWC, bench)
-        parities[file.name] = task.parity(graph, outputs, reference, bundle.architecture)
+        parity = task.parity(graph, outputs, reference, bundle.architecture)
+        if not math.isfinite(parity.relative_error):
+            raise _not_finite(file, bench)
+        parities[file.name] = parity
     return parities
 
 
+def _not_finite(file: BundleFile, bench: Bench) -> DeviceError:
+    return DeviceError(
+        f"{file.name} gave outputs that are not finite on {bench.device.id}: update its runtime"
+        f" ({file.runtime}), or leave {file.format} out of export.formats."
+    )
+
+
 def _torch_answers(exported: Exported) -> Answers:
-    with np.load(exported.folder / "parity.npz", allow_pickle=False) as arrays:
+    arrays = load_parity(exported.folder)
+    try:
         return exported.bundle.settings.load_answers(arrays)
+    except (LookupError, ValueError, TypeError) as error:
+        raise DocumentError(
+            f"{exported.folder / PARITY_FILE} does not hold PyTorch's answers"
+            f" ({first_line(error)}): export again."
+        ) from error
 
 
 def _answers(

@@ -9,10 +9,11 @@ from hwnas.config import DataConfig, ValidateConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
 from hwnas.core.table import LatencyTable
+from hwnas.devices.device import Explaining, connect, find_device
 from hwnas.devices.session import Bench, Session, spread_of
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import DeviceError
-from hwnas.export.bundle import Bundle, BundleFile
+from hwnas.export.bundle import PARITY_FILE, Bundle, BundleFile
 from hwnas.export.target import target
 from hwnas.export.timing import bench_of
 from hwnas.runs import StageContext
@@ -47,11 +48,16 @@ class Validate(Stage):
         """
         run = self.at
         table = run.hash_of_table() if run.table_path.exists() else {}
-        hashes = {
-            **run.hash_of(self.bundle_folder / "bundle.json", "export"),
+        hashes = run.hash_of(self.bundle_folder / "bundle.json", "export")
+        bundle = Bundle.load(self.bundle_folder / "bundle.json")
+        # a file that was damaged since is not up to date
+        for name in (*(file.name for file in bundle.files), PARITY_FILE):
+            hashes |= run.hash_of(self.bundle_folder / name, "export")
+        hashes |= {
             **table,
-            **run.hashes_of_data(),
+            **run.hashes_of_data("test"),
             **run.hashes_of_config("validate", "device"),
+            "device.json": find_device(run.experiment.device.name).sha256,
         }
         cautions = [caution.model_dump() for caution in self.cautions()]
         # Verdicts are older than warnings: without any, the hashes stay as they were,
@@ -59,6 +65,13 @@ class Validate(Stage):
         if cautions:
             hashes["warnings"] = content_sha256(cautions)
         return hashes
+
+    def check_ready(self) -> None:
+        """Raise DeviceError if the device cannot be reached or has no runtime, and
+        DocumentError if the bundle is damaged.
+        """
+        load_bundle(self.bundle_folder)
+        connect(find_device(self.at.experiment.device.name)).runtimes()
 
     def cautions(self) -> tuple[Caution, ...]:
         """The warnings from the search and the training of the exported network."""
@@ -120,9 +133,11 @@ def validate(
             " export.formats, or install a runtime that the bundle has a file for."
         )
     not_run = {}
+    missing = bench.connection.missing() if isinstance(bench.connection, Explaining) else {}
     for file in bundle.files:
         if file.runtime not in runtimes:
-            not_run[file.name] = f"{device.id} does not run {file.runtime}"
+            reason = f" ({missing[file.runtime]})" if file.runtime in missing else ""
+            not_run[file.name] = f"{device.id} does not run {file.runtime}{reason}"
 
     exported = Exported(bundle, folder, files)
     quality = quality_of(exported, bench, data, config)
