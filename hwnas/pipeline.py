@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hwnas import __version__, preflight
 from hwnas.config import Experiment
 from hwnas.core.table import LatencyTable
-from hwnas.document import content_sha256
-from hwnas.errors import HwnasError
+from hwnas.document import content_sha256, user_path
+from hwnas.errors import DataProblemsError, HwnasError, UnreadableImageError
 from hwnas.experiments import check_names, experiment_space, with_counted_classes
+from hwnas.failures import explained
 from hwnas.progress import Progress
 from hwnas.runs import (
+    MANIFEST,
     StageContext,
     changed_inputs,
     locked,
@@ -25,6 +27,7 @@ from hwnas.runs import (
 )
 from hwnas.runs import stage as recorded_stage
 from hwnas.stages import STAGES, RunFolder, Stage, stage_class
+from hwnas.unreadable import FILE, Unreadable
 
 if TYPE_CHECKING:  # this module imports all stages
     from hwnas.estimate.plan import Estimates
@@ -48,6 +51,9 @@ class Work(Protocol):
         run.
         """
 
+    def check_ready(self) -> None:
+        """Raise HwnasError if it could not start now; see ``Stage.check_ready``."""
+
     def run(self, ctx: StageContext, /) -> object:
         """Do the work, or resume it."""
 
@@ -60,12 +66,23 @@ class Pipeline:
     """
 
     def __init__(self, experiment: Experiment, root: Path, progress: Progress) -> None:
-        self.experiment = with_counted_classes(experiment)
+        self.configured = with_counted_classes(experiment)
         self.root = root
         self.progress = progress
-        self.space = experiment_space(self.experiment)
-        check_names(self.experiment, self.space)
-        self.folder = RunFolder(self.experiment, self.space, root)
+        self.unreadable = Unreadable.of_run(root)
+        self.space = experiment_space(self.configured)
+        check_names(self.configured, self.space)
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment without the images that the run leaves out."""
+        data = self.unreadable.applied(self.configured.data)
+        return self.configured.model_copy(update={"data": data})
+
+    @property
+    def folder(self) -> RunFolder:
+        """What the stages read."""
+        return RunFolder(self.experiment, self.space, self.root, self.unreadable.same_as)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -80,7 +97,10 @@ class Pipeline:
         """Run all needed stages, except those that are up to date. Mistakes in the
         configuration or the data raise HwnasError before the first stage starts.
         """
-        preflight.check(self.experiment, self.space, self.needed)
+        if fresh:
+            # nothing is kept that the images left out so far would have to agree with
+            self._forget_left_out()
+        self._check(self.needed)
         for name in self.needed:
             self._run_stage(name, fresh)
 
@@ -90,7 +110,7 @@ class Pipeline:
 
         Before a search, the settings of the training after it are checked as well.
         """
-        preflight.check(self.experiment, self.space, stage_class(name).checked)
+        self._check(stage_class(name).checked)
         self._run_stage(name, fresh)
 
     def _run_stage(self, name: str, fresh: bool) -> None:
@@ -99,24 +119,94 @@ class Pipeline:
         # denormal floats make a CPU many times slower, in training and in timing
         flush_denormals()
         prepare(self.root)
+        known = self.unreadable.images
         with locked(self.root):
-            self.perform(self.stage(name), fresh)
+            try:
+                self.perform(self.stage(name), fresh)
+                return
+            except UnreadableImageError:
+                # an image that is left out and met again would be met for ever
+                if self.configured.data.unreadable == "fail" or self.unreadable.images == known:
+                    raise
+        # the image is left out now
+        self._run_stage(name, fresh=False)
+
+    def _check(self, stages: Collection[str]) -> None:
+        """Check what the coming ``stages`` need before the first of them starts. Raises
+        DataError for images that do not decode, or leaves them out if
+        ``data.unreadable = 'skip'``.
+        """
+        experiment = self.experiment
+        if self.configured.data.unreadable == "fail":
+            # images that the user was asked to remove or replace, and that are still there
+            data = self.unreadable.removed(self.configured.data)
+            experiment = experiment.model_copy(update={"data": data})
+        try:
+            inspection = preflight.check(experiment, self.space, stages, self.progress)
+        except DataProblemsError as error:
+            # so that the results so far are still up to date once the images are removed
+            if any(self.root.glob(f"*/{MANIFEST}")):
+                self._leave_out_before_work(error.unreadable)
+            raise
+        if inspection is not None:
+            self._leave_out_before_work(inspection.unreadable)
+        if self.unreadable.images:
+            count = len(self.unreadable.images)
+            self.progress.info(f"images that do not decode and are left out: {count}, see {FILE}")
+
+    def _leave_out_before_work(self, images: Mapping[str, str]) -> None:
+        if images:
+            prepare(self.root)
+            with locked(self.root):
+                self._leave_out(images, {})
+
+    def _leave_out(self, images: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+        """Leave out images (path -> reason) from now on. ``inputs`` are those of the stage
+        that has met them, if one has. The run folder must be locked.
+        """
+        new = {image: why for image, why in images.items() if image not in self.unreadable.images}
+        if new:
+            self.unreadable = self.unreadable.extended(new, self.experiment.data, inputs)
+            self.unreadable.save(self.root / FILE)
+
+    def _forget_left_out(self) -> None:
+        """Start without images that are left out; the list is moved aside."""
+        if (self.root / FILE).exists():
+            set_aside(self.root / FILE)
+        self.unreadable = Unreadable()
 
     def perform(self, work: Work, fresh: bool) -> None:
         """Do a unit of work unless it is up to date. The run folder must be locked."""
         inputs = self._inputs(work)
-        if not self.prepare_work(work.name, inputs, fresh):
+        if not self.prepare_work(work.name, inputs, fresh, work.check_ready):
             return
 
         folder = self.root / work.name
         started = time.monotonic()
-        with recorded_stage(folder, work.name, inputs, work.outputs):
-            work.run(StageContext(self.experiment, self.root, folder, self.progress))
+        try:
+            with (
+                explained(work.name, self.experiment),
+                recorded_stage(folder, work.name, inputs, work.outputs),
+            ):
+                work.run(StageContext(self.experiment, self.root, folder, self.progress))
+        except UnreadableImageError as error:
+            self._leave_out({error.image: str(error.__cause__ or error)}, inputs)
+            raise UnreadableImageError(
+                f"{str(error).removesuffix('.')}, then run the same command again, which resumes.",
+                error.image,
+            ) from error
         self.progress.info(f"{work.name}: done in {time.monotonic() - started:.0f} s")
 
-    def prepare_work(self, name: str, inputs: Mapping[str, str], fresh: bool) -> bool:
+    def prepare_work(
+        self,
+        name: str,
+        inputs: Mapping[str, str],
+        fresh: bool,
+        check_ready: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Get the folder of a stage ready; False if the stage is up to date. Results from
-        other inputs are moved aside, as are all results if ``fresh``.
+        other inputs are moved aside, as are all results if ``fresh``, unless
+        ``check_ready`` raises an error.
         """
         folder = self.root / name
         # --fresh treats whatever is there as stale
@@ -125,6 +215,7 @@ class Pipeline:
             self.progress.info(f"{name}: up to date, skipped")
             return False
 
+        check_ready()
         if state == "stale":
             reason = "starting again"
             if not fresh:
@@ -137,7 +228,7 @@ class Pipeline:
             self.progress.info(f"{name}: resumes")
         # Only saved now that the stage will run: a configuration that was refused must not
         # replace the one that the existing results were made with.
-        save_config(self.root, self.experiment)
+        save_config(self.root, self.configured)
         folder.mkdir(exist_ok=True)
         return True
 
@@ -151,9 +242,11 @@ class Pipeline:
         images, the table and the results in the run folder.
         """
         lines = [f"experiment {self.experiment.name} in {self.root}", self._data_line()]
-        estimates = self._estimates() if timed else None
+        current = self._up_to_date()
+        estimates = self._estimates(current) if timed else None
         for name in self.needed:
-            lines.append(f"{name:9} {self.stage(name).summary()}")
+            state = "up to date: " if name in current else ""
+            lines.append(f"{name:9} {state}{self.stage(name).summary()}")
             if estimates is not None and name in estimates.stages:
                 lines.append(f"{'':9} {estimates.stages[name]}")
         if estimates is not None:
@@ -168,17 +261,18 @@ class Pipeline:
             f"data: {data.name}{folder}, {data.classes} class{plural}, {data.channels} x"
             f" {data.resolution} px"
         )
-        if data.path is not None and not Path(data.path).expanduser().exists():
+        if data.path is not None and not user_path(data.path, "data.path").exists():
             line += "; that path does not exist yet"
         return line
 
-    def _estimates(self) -> Estimates:
-        """Estimate how long each stage takes that is not up to date."""
+    def _estimates(self, current: Sequence[str]) -> Estimates:
+        """Estimate how long each stage takes that is not in ``current``, the stages that
+        are up to date.
+        """
         from hwnas.estimate.plan import Estimates
         from hwnas.networks import architecture
 
         self.progress.info("timing a few steps of every stage")
-        current = self._up_to_date()
         table = None
         # the table in the run folder is only used if the run would not replace it
         if self.experiment.search.table is not None or "profile" in current:

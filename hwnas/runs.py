@@ -15,11 +15,13 @@ starts again, and the old folder is kept next to it as ``<stage>.old-<n>``.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +31,15 @@ from pydantic import ValidationError
 
 from hwnas import __version__
 from hwnas.config import Experiment, with_new_keys
-from hwnas.document import Document, explain, file_sha256, write_atomic
-from hwnas.errors import StorageError, UserError
+from hwnas.document import (
+    Document,
+    explain,
+    file_sha256,
+    read_bytes,
+    read_json,
+    write_atomic,
+)
+from hwnas.errors import DocumentError, StorageError, UserError
 from hwnas.progress import Progress
 
 MANIFEST = "stage.json"
@@ -70,7 +79,7 @@ def state_of(folder: Path, inputs: Mapping[str, str]) -> Literal["done", "resume
     if not (folder / MANIFEST).exists():
         # files without a manifest may be anything, so they are moved aside, not used
         return "stale" if folder.exists() and any(folder.iterdir()) else "new"
-    manifest = StageManifest.load(folder / MANIFEST)
+    manifest = _manifest(folder)
     if manifest.inputs != dict(inputs):
         return "stale"
     if manifest.state == "started":
@@ -82,11 +91,33 @@ def state_of(folder: Path, inputs: Mapping[str, str]) -> Literal["done", "resume
     return "done" if intact else "stale"
 
 
+def _manifest(folder: Path) -> StageManifest:
+    """The manifest of a stage folder. Raises DocumentError if it is damaged: without it,
+    nobody knows what the files beside it were made from, and they may be worth days.
+    """
+    try:
+        return StageManifest.load(folder / MANIFEST)
+    except DocumentError as error:
+        raise DocumentError(
+            f"{str(error).removesuffix('.')}; restore it, or use --fresh, which moves"
+            f" {folder.name} aside and starts the stage again."
+        ) from error
+
+
+def recorded_output(path: Path) -> str | None:
+    """The sha256 of an output of a finished stage, as its manifest has it; None if the
+    stage has not finished, or if the file is not one of its outputs.
+    """
+    if not (path.parent / MANIFEST).is_file():
+        return None
+    return _manifest(path.parent).outputs.get(path.name)
+
+
 def changed_inputs(folder: Path, inputs: Mapping[str, str]) -> list[str]:
     """The names of the inputs that differ from those a stage folder was made with."""
     old_inputs: Mapping[str, str] = {}
     if (folder / MANIFEST).exists():
-        old_inputs = StageManifest.load(folder / MANIFEST).inputs
+        old_inputs = _manifest(folder).inputs
     names = {*old_inputs, *inputs}
     return sorted(name for name in names if old_inputs.get(name) != inputs.get(name))
 
@@ -169,7 +200,7 @@ def load_config(root: Path) -> Experiment:
     defaults do not change the run.
     """
     try:
-        content = json.loads((root / "config.json").read_text())
+        content = read_json((root / "config.json").read_bytes(), "the file")
         # without warnings: hwnas wrote these keys, so the user could not act on one
         content = with_new_keys(content, str(root / "config.json"), warn=False)
         return Experiment.model_validate(content)
@@ -182,6 +213,13 @@ def load_config(root: Path) -> Experiment:
         ) from error
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON text is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max  # false for NaN
+
+
 class JsonLines:
     """An append-only file of JSON lines that survives being cut off in the middle of a
     line.
@@ -190,19 +228,29 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[dict[str, Any]]:
-        """The complete lines. A last line without a newline, which a killed process
-        left, is dropped.
+    def read(self, numbers: Collection[str] = ()) -> list[dict[str, Any]]:
+        """All rows of ``each``."""
+        return list(self.each(numbers))
+
+    def each(self, numbers: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """The rows, one at a time: complete JSON objects, with a finite number under each
+        of the keys ``numbers``.
+
+        Other lines are left out: a last one without a newline, which a killed process
+        left, and those that a bad disk or a person has changed. This is a log, and the
+        rest of it is still of use.
         """
         if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_bytes().split(b"\n")[:-1]:
+            return
+        for line in io.BytesIO(read_bytes(self.path)):
+            if not line.endswith(b"\n"):
+                return
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
-        return rows
+            if isinstance(row, dict) and all(is_number(row.get(key)) for key in numbers):
+                yield row
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Replace the whole file atomically. A resumed run drops the rows after its

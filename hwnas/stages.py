@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hwnas.config import Experiment
+from hwnas.config.decisive import settings_sha256
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import LatencyTable
-from hwnas.data import fingerprint
-from hwnas.document import content_sha256, file_sha256
+from hwnas.data.fingerprint import Part, fingerprint
+from hwnas.document import file_sha256, user_path
 from hwnas.errors import UserError
-from hwnas.runs import StageContext
+from hwnas.runs import StageContext, recorded_output
 from hwnas.task import task_of
 
 STAGES = {
@@ -30,7 +33,7 @@ STAGES = {
 
 def configured_table(table: str) -> Path:
     """The path of ``search.table``. Raises UserError if the file does not exist."""
-    path = Path(table).expanduser()
+    path = user_path(table, "search.table")
     if not path.is_file():
         raise UserError(f"search.table = {table!r} does not exist: check the path.")
     return path
@@ -42,11 +45,14 @@ class RunFolder:
     hashes of it.
 
     Hashes are dicts from a name to a sha256, as in the manifest of a stage.
+    ``same_as`` maps fingerprints of images to those from before some images were left
+    out (see ``hwnas/unreadable.py``).
     """
 
     experiment: Experiment
     space: SearchSpace
     root: Path
+    same_as: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, stage: str, name: str) -> Path:
         """The path of a stage's file."""
@@ -57,7 +63,7 @@ class RunFolder:
         """The table of the search: the configured one, else the profiled one."""
         table = self.experiment.search.table
         if table is not None:
-            return Path(table).expanduser()
+            return user_path(table, "search.table")
         return self.path("profile", "table.json")
 
     def table(self) -> LatencyTable:
@@ -73,27 +79,39 @@ class RunFolder:
                 f"{path} does not exist yet: run 'hwnas {made_by}' with the same --out first, or"
                 " 'hwnas run'."
             )
-        return {path.name: file_sha256(path)}
+        digest = file_sha256(path)
+        if recorded_output(path) not in (None, digest):
+            warnings.warn(
+                f"{path} is not the file that 'hwnas {made_by}' wrote: if it was not replaced on"
+                f" purpose, it is damaged; run 'hwnas {made_by}' again.",
+                stacklevel=2,
+            )
+        return {path.name: digest}
 
     def hash_of_table(self) -> dict[str, str]:
         """The hash of the table of the search. Raises UserError if it does not exist."""
         if self.experiment.search.table is not None:
             configured_table(self.experiment.search.table)
-        return self.hash_of(self.table_path, "profile")
+        return {"table": self.hash_of(self.table_path, "profile")[self.table_path.name]}
 
     def hashes_of_config(self, *sections: str) -> dict[str, str]:
-        """The hashes of tables of the configuration, by name."""
-        content = self.experiment.model_dump(mode="json", by_alias=True)
-        return {section: content_sha256(content[section]) for section in sections}
+        """The hashes of the settings in tables of the configuration that decide results,
+        by the name of the table.
+        """
+        return {section: settings_sha256(self.experiment, section) for section in sections}
 
-    def hashes_of_data(self) -> dict[str, str]:
-        """The hashes of the images and of their preprocessing."""
+    def hashes_of_data(self, *parts: Part) -> dict[str, str]:
+        """The hashes of the preprocessing, and of the images of ``parts``.
+
+        Images that the run has left out since it began do not count as changed.
+        """
         data = self.experiment.data
-        hashes = {**self.hashes_of_config("data"), "images": fingerprint(data)}
-        if data.name == "folder" and data.augment != "imagenet":
-            # Earlier versions evaluated these on a centre crop, whatever the training
-            # used. The additional input makes those results stale.
-            hashes["geometry"] = content_sha256(data.resize_mode)
+        # only a search, which reads nothing but training images, holds some of them out
+        ignored = () if parts == ("train",) else ("held_out",)
+        hashes = {"data": settings_sha256(self.experiment, "data", *ignored)}
+        for part in parts:
+            digest = fingerprint(data, part)
+            hashes[f"{part} images"] = self.same_as.get(digest, digest)
         return hashes
 
     def check_searchable(self) -> None:
@@ -159,6 +177,12 @@ class Stage(ABC):
 
         Raises HwnasError if the stage cannot work with its inputs; this happens before
         any earlier results are moved aside.
+        """
+
+    def check_ready(self) -> None:  # noqa: B027 - most stages have nothing to check
+        """Raise HwnasError if the stage could not start now: its device is out of reach,
+        or a file that it reads is damaged. Called only if the stage is not up to date,
+        and before any earlier results are moved aside.
         """
 
     @abstractmethod

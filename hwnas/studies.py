@@ -10,20 +10,17 @@ from pathlib import Path
 
 from hwnas import __version__
 from hwnas.config import Experiment
+from hwnas.config.decisive import settings_sha256
 from hwnas.core.table import LatencyTable
-from hwnas.data import fingerprint
 from hwnas.document import content_sha256, file_sha256
 from hwnas.engine import flush_denormals
 from hwnas.pipeline import Pipeline
 from hwnas.runs import StageContext, locked, prepare, set_aside
-from hwnas.search.stage import limit_hashes, search_context
+from hwnas.search.stage import limit_hashes, search_context, weight_hashes
 from hwnas.search.supernets import SUPERNET_FILE
 from hwnas.study import compare, rank, shrink, shrink_eval, supernets, trainings
 from hwnas.study.trainings import Training
 from hwnas.study.truth import configured_truth
-
-EXECUTION_KEYS = ("processes", "ray_address", "ray_gpus")
-"""Keys of ``study`` that affect where trainings run, but no result."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,9 @@ class StudyStage:
     def inputs(self) -> dict[str, str]:
         """The hashes of everything that the stage depends on, by name."""
         return dict(self.made_from)
+
+    def check_ready(self) -> None:
+        """A study reads nothing that it has not read for its inputs."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ class _Trainings:
             "hwnas": content_sha256(__version__),
             "space.json": pipeline.space.sha256,
             **_table_hashes(self.table),
-            "search": _search_sha256(experiment),
+            "search": settings_sha256(experiment, "search"),
             "seed": str(experiment.seed),
             "threads": str(self.threads),
             **limit_hashes(experiment.search),
-            **_data_hashes(experiment),
+            **weight_hashes(experiment.search),
+            **pipeline.folder.hashes_of_data("train"),
         }
         if supernets.BASE_FILE in outputs:
             inputs["base"] = str(experiment.study.base_epochs)
@@ -133,9 +134,9 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
         inputs = {
             "space.json": space.sha256,
             "truth": truth.sha256,
-            **_data_hashes(experiment),
-            "study": _study_sha256(experiment, "compare"),
-            "search": _search_sha256(experiment),
+            **pipeline.folder.hashes_of_data("train"),
+            "study": settings_sha256(experiment, "study", "compare"),
+            "search": settings_sha256(experiment, "search"),
         }
         for position, supernet in enumerate(trained):
             inputs[f"super-net {position}"] = file_sha256(supernet.path)
@@ -151,13 +152,13 @@ def study_rank(pipeline: Pipeline, *, fresh: bool = False) -> None:
         pipeline.perform(stage, fresh)
 
 
-def _trained(training: Training, seed: int) -> supernets.Trained:
+def _trained(training: Training, seed: int) -> supernets.TrainedSupernet:
     """The super-net that a training has written."""
     base = None
     if supernets.BASE_FILE in training.outputs:
         base = training.folder / supernets.BASE_FILE
     strategy = training.experiment.search.strategy.name
-    return supernets.Trained(seed, training.folder / SUPERNET_FILE, strategy, base)
+    return supernets.TrainedSupernet(seed, training.folder / SUPERNET_FILE, strategy, base)
 
 
 def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
@@ -197,8 +198,8 @@ def study_compare(pipeline: Pipeline, *, fresh: bool = False) -> None:
             "truth": pool.truth.sha256,
             **_table_hashes(pool.table),
             **limit_hashes(experiment.search),
-            "study": _study_sha256(experiment),
-            "search": _search_sha256(experiment),
+            "study": settings_sha256(experiment, "study"),
+            "search": settings_sha256(experiment, "search"),
         }
         for folder in searches.values():
             for name in compare.SEARCH_FILES:
@@ -237,7 +238,7 @@ def study_shrink(pipeline: Pipeline, *, fresh: bool = False) -> None:
             inputs = {
                 **common,
                 "first training": shrink.first_sha256(experiment),
-                **_data_hashes(experiment),
+                **pipeline.folder.hashes_of_data("train"),
             }
             training = StudyStage(
                 "shrink-first",
@@ -280,8 +281,8 @@ def _shrinking(
     if supernet_folder is not None:
         inputs |= {
             "first super-net": file_sha256(supernet_folder / SUPERNET_FILE),
-            "search": _search_sha256(experiment),
-            **_data_hashes(experiment),
+            "search": settings_sha256(experiment, "search"),
+            **pipeline.folder.hashes_of_data("train"),
         }
     return StudyStage(
         f"shrink-{name}",
@@ -291,26 +292,6 @@ def _shrinking(
     )
 
 
-def _search_sha256(experiment: Experiment) -> str:
-    return content_sha256(experiment.search.model_dump(mode="json"))
-
-
 def _table_hashes(table: LatencyTable | None) -> dict[str, str]:
     """The hash of the table; empty if costs are counted and there is no table."""
     return {} if table is None else {"table": table.sha256}
-
-
-def _data_hashes(experiment: Experiment) -> dict[str, str]:
-    """The hashes of the data configuration and of the images themselves."""
-    return {
-        "data": content_sha256(experiment.data.model_dump(mode="json")),
-        "images": fingerprint(experiment.data),
-    }
-
-
-def _study_sha256(experiment: Experiment, *ignored: str) -> str:
-    """The hash of all keys of ``study`` that affect its results, except for ``ignored``."""
-    content = experiment.study.model_dump(mode="json")
-    for key in (*EXECUTION_KEYS, *ignored):
-        content.pop(key, None)
-    return content_sha256(content)

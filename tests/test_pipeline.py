@@ -112,33 +112,6 @@ def test_a_changed_stage_is_redone_and_the_old_one_kept(finished_run: Path, tmp_
     )
 
 
-def test_folders_that_were_evaluated_on_a_centre_crop_are_stale(tmp_path: Path) -> None:
-    """Earlier versions did so without the imagenet augmentation. An extra input makes
-    those stages stale; others keep the inputs that they had.
-    """
-    config = write_tiny(tmp_path)
-    inputs = {}
-    for name, augment in (
-        ("digits", "crop"),
-        ("folder", "imagenet"),
-        ("folder", "crop_flip"),
-        ("folder", "none"),
-    ):
-        overrides = [f"data.name={name}", f"data.augment={augment}", f"data.path={tmp_path}"]
-        inputs[name, augment] = set(
-            Pipeline(
-                load_experiment(config, overrides), tmp_path / "run", Progress()
-            ).folder.hashes_of_data()
-        )
-    common = {"data", "images"}
-    assert inputs == {
-        ("digits", "crop"): common,
-        ("folder", "imagenet"): common,
-        ("folder", "crop_flip"): {*common, "geometry"},
-        ("folder", "none"): {*common, "geometry"},
-    }
-
-
 @pytest.mark.slow
 def test_training_starts_from_the_super_nets_weights(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

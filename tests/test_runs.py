@@ -249,7 +249,35 @@ def test_garbage_in_a_file_is_skipped(
     assert JsonLines(path).read() == [{"step": 0}, {"step": 1}]
 
 
-def test_an_error_of_the_body_is_not_reported_as_one_of_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    ["null", "3", "[1]", '"step"', "{}", '{"loss": 1}', '{"step": NaN}', '{"step": "2"}', '{"step": true}',
+     '{"step": 1e999}', "[" * 5000, "9" * 5000, '{"step": 1' + "0" * 400 + "}"],
+)  # fmt: skip
+def test_lines_that_are_no_rows_are_left_out(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0}\n' + line + '\n{"step": 1}\n')
+    assert JsonLines(path).read(numbers=("step",)) == [{"step": 0}, {"step": 1}]
+
+
+def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step"')
+    rows = JsonLines(path).each()
+    assert next(rows) == {"step": 0}
+    assert list(rows) == [{"step": 1}]
+
+
+def test_a_row_keeps_what_no_number_is_asked_of(tmp_path: Path) -> None:
+    """A resumed run rewrites its rows, and those of others."""
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0, "reward": NaN, "name": "x"}\n')
+    assert str(JsonLines(path).read(numbers=("step",))) == (
+        "[{'step': 0, 'reward': nan, 'name': 'x'}]"
+    )
+
+
+def test_what_the_body_raises_is_not_said_to_be_the_log(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "m.jsonl")
     with pytest.raises(FileNotFoundError, match="an image"), lines.appending() as append:
         append(ROWS[0])

@@ -4,7 +4,8 @@ stage has got.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,17 +16,23 @@ from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.document import Document, file_sha256
 from hwnas.export.bundle import Bundle
-from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest
+from hwnas.runs import MANIFEST, JsonLines, StageContext, StageManifest, is_number
 from hwnas.search.result import SearchResult
 from hwnas.stages import STAGES, stage_class
 from hwnas.study.documents import CompareStudy, RankStudy, ShrinkStudy
 from hwnas.task import Task, task_of
 from hwnas.tasks.pictures import Pictures
 from hwnas.train.result import TrainResult
+from hwnas.unreadable import Unreadable
 from hwnas.verdict import Verdict
 
 STUDIES = {"rank": "study.json", "compare": "compare.json", "shrink": "shrink.json"}
 """Study -> its document."""
+
+LARGEST_SHOWN = 1e30
+"""Values of a log above this are left out. No training gets there, and the axis of a
+chart cannot show them beside others.
+"""
 
 Rows = list[dict[str, Any]]
 D = TypeVar("D", bound=Document)
@@ -70,6 +77,8 @@ class RunDocuments:
     shrinking: ShrinkStudy | None
     stages: tuple[StageState, ...]
     hashes: dict[str, str]
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Images that the run leaves out, and the reasons; see ``hwnas/unreadable.py``."""
 
     @property
     def only_study(self) -> bool:
@@ -156,8 +165,8 @@ def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocument
         # a table profiled earlier in this folder is not the one that was used
         paths.pop("profile/table.json", None)
         paths = {str(table_path): table_path, **paths}
-    search_rows = JsonLines(ctx.path("search", "metrics.jsonl")).read()
-    train_rows = JsonLines(ctx.path("train", "metrics.jsonl")).read()
+    search_rows = _read_curves(ctx.path("search", "metrics.jsonl"))
+    train_rows = _read_curves(ctx.path("train", "metrics.jsonl"))
     logged_rows = {"search": search_rows, "train": train_rows}
     stages = [_state(ctx, name, logged_rows.get(name, [])) for name in _needed(ctx)]
     return RunDocuments(
@@ -170,7 +179,7 @@ def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocument
         arch=_architecture(ctx, bundle),
         train=_load(TrainResult, ctx.path("train", "train.json")),
         train_rows=train_rows,
-        validation_rows=JsonLines(ctx.path("train", "validation.jsonl")).read(),
+        validation_rows=_read_curves(ctx.path("train", "validation.jsonl"), "images"),
         pictures=_load(Pictures, ctx.path("train", "pictures.json")),
         bundle=bundle,
         verdict=_load(Verdict, ctx.path("validate", "verdict.json")),
@@ -179,7 +188,25 @@ def read(ctx: StageContext, space: SearchSpace, table_path: Path) -> RunDocument
         shrinking=_load(ShrinkStudy, ctx.path("shrink", STUDIES["shrink"])),
         stages=tuple(stages),
         hashes={name: file_sha256(path) for name, path in paths.items() if path.is_file()},
+        unreadable=Unreadable.of_run(ctx.root).images,
     )
+
+
+def _read_curves(path: Path, *needed: str) -> Rows:
+    """The rows of a log that have a step and what else is ``needed``, with those values
+    that a chart can show.
+    """
+    rows = []
+    for row in JsonLines(path).each(numbers=("step", *needed)):
+        shown = {}
+        for name, value in row.items():
+            # is_number first: only numbers can be compared with the limit
+            if is_number(value) and abs(value) <= LARGEST_SHOWN:
+                # interned, because every row brings strings of its own for its keys
+                shown[sys.intern(name)] = value
+        if {"step", *needed} <= shown.keys():
+            rows.append(shown)
+    return rows
 
 
 def _architecture(ctx: StageContext, bundle: Bundle | None) -> Architecture | None:

@@ -11,10 +11,11 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from hwnas import __version__
@@ -22,9 +23,10 @@ from hwnas.core.arch import Position
 from hwnas.core.caution import Caution
 from hwnas.core.metric import shown
 from hwnas.core.ops import Op
-from hwnas.core.space import SearchSpace
 from hwnas.document import content_sha256, file_sha256, write_atomic
+from hwnas.errors import DocumentError, HwnasError
 from hwnas.export.bundle import BundleFile
+from hwnas.printable import printable, quoted
 from hwnas.report import charts, comparing, drawing, pictures, ranking, shrinking
 from hwnas.report.charts import Marks, Series
 from hwnas.report.documents import Rows, RunDocuments, read, sources
@@ -41,7 +43,7 @@ T = TypeVar("T")
 CURVE_COLOURS = ("orange", "blue", "green")
 """Colours of the metrics of a validation curve, in order."""
 
-__all__ = ["Report", "render", "run"]
+__all__ = ["Report", "render", "write"]
 
 
 class Report(Stage):
@@ -67,20 +69,47 @@ class Report(Stage):
         """The path of the report."""
         return str(self.at.path("report", "report.html"))
 
+    @cached_property
+    def documents(self) -> RunDocuments:
+        """What the page shows."""
+        ctx = StageContext(self.at.experiment, self.at.root, self.at.root / self.name)
+        return read(ctx, self.at.space, self.at.table_path)
+
+    def check_ready(self) -> None:
+        """Raise DocumentError if a document that the page shows is damaged."""
+        _ = self.documents
+
     def run(self, ctx: StageContext) -> None:
         """Write ``report.html``."""
-        run(ctx, self.at.space, self.at.table_path)
+        write(ctx, self.documents)
 
 
-def run(ctx: StageContext, space: SearchSpace, table_path: Path) -> None:
+def write(ctx: StageContext, documents: RunDocuments) -> None:
     """Write ``report.html`` from what the run folder contains."""
-    page = render(read(ctx, space, table_path))
-    write_atomic(ctx.folder / "report.html", page.encode())
+    write_atomic(ctx.folder / "report.html", render(documents).encode())
     ctx.progress.info(f"report: {ctx.folder / 'report.html'}")
 
 
 def render(documents: RunDocuments) -> str:
-    """The page as a string of HTML."""
+    """The page as a string of HTML. Raises DocumentError if the documents, each of them
+    valid, contradict each other.
+    """
+    try:
+        page = _filled(documents)
+    except HwnasError:
+        raise
+    # numbers of one document that lead nowhere in another, such as a rank among 0 networks
+    except (ArithmeticError, LookupError, TypeError, ValueError, TemplateError) as error:
+        raise DocumentError(
+            f"the documents in {documents.folder} contradict each other ({quoted(error)}): restore"
+            " those that were changed, or repeat their stages with --fresh; --debug shows where."
+        ) from error
+    # names from files cannot reverse the reading direction of the page
+    return printable(page)
+
+
+def _filled(documents: RunDocuments) -> str:
+    """The template with the documents in it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

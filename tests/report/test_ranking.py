@@ -14,6 +14,7 @@ import pytest
 from hwnas.config import Experiment, StudyConfig
 from hwnas.core.spaces import mobile32
 from hwnas.report import ranking, stage
+from hwnas.report.documents import read
 from hwnas.runs import StageContext, StageManifest
 from hwnas.study.documents import (
     Gap,
@@ -90,7 +91,8 @@ def written(root: Path, study: RankStudy) -> str:
     )
     data = {"resolution": 16, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]}
     config = Experiment.model_validate({"name": "macro", "data": data})
-    stage.run(StageContext(config, root, root / "report"), SPACE, root / "profile" / "table.json")
+    ctx = StageContext(config, root, root / "report")
+    stage.write(ctx, read(ctx, SPACE, root / "profile" / "table.json"))
     return (root / "report" / "report.html").read_text()
 
 

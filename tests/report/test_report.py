@@ -42,6 +42,7 @@ from hwnas.search.result import Candidate, SearchResult
 from hwnas.task import Parity
 from hwnas.tasks.pictures import Box, Picture, Pictures
 from hwnas.train.result import TrainResult
+from hwnas.unreadable import FILE, Unreadable
 from hwnas.verdict import FileVerdict, Verdict
 
 SECTIONS = ["files", "architecture", "pareto", "course", "table", "provenance"]
@@ -300,7 +301,7 @@ def fill(
 
 
 def written(ctx: StageContext, space: MacroSpace | None = None) -> str:
-    stage.run(ctx, space or small_space(), ctx.root / "profile" / "table.json")
+    stage.write(ctx, read(ctx, space or small_space(), ctx.root / "profile" / "table.json"))
     return (ctx.folder / "report.html").read_text()
 
 
@@ -497,8 +498,17 @@ def test_a_loss_is_not_written_as_a_percentage(tmp_path: Path) -> None:
     assert pareto is not None and f"and {best:.3f}; budget" in pareto[1] and "%" not in pareto[1]
 
 
+def test_images_that_are_left_out_are_listed(tmp_path: Path) -> None:
+    ctx = StageContext(experiment(), tmp_path, tmp_path / "report")
+    assert "left out" not in written(ctx)
+    Unreadable(images={"train/cat/<7>.png": "image file is truncated"}).save(tmp_path / FILE)
+    page = Page(text := written(ctx))
+    assert "Images that are left out, because they do not decode: 1" in page.text
+    assert "train/cat/<7>.png: image file is truncated" in page.text and "<7>" not in text
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
-    name = '<script>alert("1")</script> & $x$'
+    name = '<script>alert("1")<b> & $x$'
     page = Page(text := written(fill(tmp_path / "a<b>&", experiment(name=name))))
     assert page.tags["script"] == page.tags["b"] == 0
     assert "<script>" not in text and name in page.text
@@ -526,6 +536,15 @@ def test_a_published_network_needs_no_search_and_no_table(tmp_path: Path) -> Non
     page = Page(written(StageContext(config, tmp_path, tmp_path / "report")))
     assert "architecture" in page.ids and "pareto" not in page.ids
     assert "Not finished yet: train, validate." in page.text
+
+
+def test_the_rows_of_a_log_share_their_keys(tmp_path: Path) -> None:
+    """Keys of their own would be most of the memory that long logs take."""
+    ctx = fill(tmp_path, experiment())
+    documents = read(ctx, small_space(), tmp_path / "profile" / "table.json")
+    for rows in (documents.search_rows, documents.train_rows):
+        keys = [key for row in rows for key in row]
+        assert len({id(key) for key in keys}) == len(set(keys))
 
 
 def test_skipped_slots_keep_their_place_in_the_drawing(tmp_path: Path) -> None:

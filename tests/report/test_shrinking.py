@@ -7,6 +7,7 @@ from pathlib import Path
 from hwnas.config import Experiment
 from hwnas.core.spaces import mobile32
 from hwnas.report import shrinking, stage
+from hwnas.report.documents import read
 from hwnas.runs import StageContext, StageManifest
 from hwnas.study.documents import (
     Chance,
@@ -107,9 +108,8 @@ def test_the_page_has_the_table_and_the_figure(tmp_path: Path) -> None:
         )
         data = {"resolution": 16, "channels": 1, "classes": 10, "mean": [0.31], "std": [0.37]}
         config = Experiment.model_validate({"name": "macro", "data": data})
-        stage.run(
-            StageContext(config, root, root / "report"), SPACE, root / "profile" / "table.json"
-        )
+        ctx = StageContext(config, root, root / "report")
+        stage.write(ctx, read(ctx, SPACE, root / "profile" / "table.json"))
         page = Page((root / "report" / "report.html").read_text())
         assert page.ids.count("shrinking") == 1 and page.tags["svg"] == (name == "with")
         assert "hwnas study shrink" in page.text and "6,561 → 1,944 → 576" in page.text
