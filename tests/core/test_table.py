@@ -244,7 +244,7 @@ def test_a_median_of_medians_may_be_outside_the_percentiles_of_all_runs() -> Non
     Entry(ms=2.0, p10_ms=1.0, p90_ms=1.0, runs=320, rounds=7, spread=0.5)
 
 
-def test_the_judges_numbers_by_hand() -> None:
+def test_held_out_errors_by_hand() -> None:
     calibration = Calibration(intercept_ms=1.0, slope=2.0, networks=5)
     errors = held_out_errors(
         calibration, BARE, [1.0, 2.0, 4.0], [3.0, 4.0, 10.0]
