@@ -24,7 +24,8 @@ def cache_folder() -> Path:
         return Path(named).expanduser()
     except RuntimeError as error:
         raise StorageError(
-            f"HWNAS_CACHE = {named!r} begins with a home folder that does not exist: set HWNAS_CACHE"
+            f"HWNAS_CACHE = {named!r} begins with a home folder that does not exist: set"
+            " HWNAS_CACHE"
             " to a folder of your own."
         ) from error
 

@@ -83,7 +83,8 @@ class Document(BaseModel):
             raise DocumentError(f"{source}: {error}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DocumentError(
-                f"{source} is not a {cls.SCHEMA}/{version} document ({quoted(error)}): it is corrupt;"
+                f"{source} is not a {cls.SCHEMA}/{version} document ({quoted(error)}): it is"
+                " corrupt;"
                 " create it again."
             ) from error
 
@@ -101,7 +102,8 @@ class Document(BaseModel):
         name, _, version = schema.partition("/") if isinstance(schema, str) else ("", "", "")
         if name != cls.SCHEMA or not _VERSION.fullmatch(version):
             raise DocumentError(
-                f"{source} has schema {quoted(schema)}, but a {cls.SCHEMA}/{cls.VERSION} document is"
+                f"{source} has schema {quoted(schema)}, but a {cls.SCHEMA}/{cls.VERSION} document"
+                " is"
                 " needed here."
             )
         if int(version) > cls.VERSION:
@@ -273,7 +275,8 @@ def user_path(text: str, key: str) -> Path:
         return path  # callers say in their own words what should be there
     except RuntimeError as error:
         raise UserError(
-            f"{key} = {quoted(text)} begins with the home folder of a user who does not exist: write"
+            f"{key} = {quoted(text)} begins with the home folder of a user who does not exist:"
+            " write"
             " the whole path."
         ) from error
     except OSError as error:

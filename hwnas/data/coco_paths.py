@@ -62,7 +62,8 @@ def image_paths(
     if outside:
         raise DataError(
             f"{annotations} has file names that lead out of {folder} ({len(outside)} of"
-            f" {len(names)}, first: {short(outside[0], LONGEST_NAME)}): put these images into that folder and correct the names, or set"
+            f" {len(names)}, first: {short(outside[0], LONGEST_NAME)}): put these images into that"
+            " folder and correct the names, or set"
             " data.allow_outside = true if you trust the file."
         )
     if missing:
@@ -163,7 +164,8 @@ def _cure(name: str, files: _Files) -> str:
     plain = unquote(name.replace("\\", "/")).rpartition("/")[2]
     if plain != name and files.lists(plain):
         return (
-            f"{short(plain, LONGEST_NAME)} is there, so take the folders out of the file names, or move the images"
+            f"{short(plain, LONGEST_NAME)} is there, so take the folders out of the file names, or"
+            " move the images"
             " into such folders"
         )
     if "\\" in name:

@@ -88,7 +88,8 @@ def parsed(path: Path, key: str, convert: Callable[[list[Any]], Piece]) -> tuple
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not JSON ({error.reason} for {error.encoding}): it is corrupt or has another"
+            f"{path} is not JSON ({error.reason} for {error.encoding}): it is corrupt or has"
+            " another"
             " encoding; export it again as UTF-8."
         ) from error
     except ValueError as error:

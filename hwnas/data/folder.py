@@ -278,7 +278,8 @@ def _check_empty(root: Path, others: Sequence[str], lacking: Sequence[str]) -> N
     if len(labels):
         hint = f" (val lacks {quoted(lacking)})" if lacking else ""
         raise DataError(
-            f"{shown(str(root / 'val'))} has images of {quoted([others[label] for label in labels])},"
+            f"{shown(str(root / 'val'))} has images of"
+            f" {quoted([others[label] for label in labels])},"
             f" but train has no such class{hint}: rename the folder as in train, or remove it."
         )
 
@@ -295,7 +296,8 @@ def _no_images(part: Path) -> DataError:
     if not loose:
         return DataError(f"{shown(str(part))} holds no class folders with images: {_layout(part)}.")
     return DataError(
-        f"{shown(str(part))} holds {counted(loose, 'image')} directly, not in a folder per class (so"
+        f"{shown(str(part))} holds {counted(loose, 'image')} directly, not in a folder per class"
+        " (so"
         f" are the validation images of ImageNet as downloaded): move them into folders,"
         f" {part.name}/<class>/<image>."
     )

@@ -313,17 +313,20 @@ class AdbSession:
                 return
             elif words[0] == "failed":
                 raise DeviceError(
-                    f"phone {self.client.serial}: {excerpt(' '.join(words[1:]))}: free some space on it, and"
+                    f"phone {self.client.serial}: {excerpt(' '.join(words[1:]))}: free some space"
+                    " on it, and"
                     " run the command again."
                 )
             elif words[0] == "damaged":
                 raise DeviceError(
-                    f"{excerpt(words[1])} was damaged on its way to phone {self.client.serial}: run the"
+                    f"{excerpt(words[1])} was damaged on its way to phone {self.client.serial}: run"
+                    " the"
                     " command again, with another cable if that happens again."
                 )
             else:
                 lines.clear()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         raise PhoneGoneError(
-            f"phone {self.client.serial} stopped in the middle; its last output was {excerpt(last)!r}."
+            f"phone {self.client.serial} stopped in the middle; its last output was"
+            f" {excerpt(last)!r}."
         )

@@ -168,7 +168,8 @@ def find_device(name: str) -> Device:
             options=options,
         )
     raise ConfigError(
-        f"unknown device {quoted(name)}; {nearest(name, devices)} Use ssh:USER@HOST or adb:SERIAL for a"
+        f"unknown device {quoted(name)}; {nearest(name, devices)} Use ssh:USER@HOST or adb:SERIAL"
+        " for a"
         " device without a document, or give the path of a document (*.json)."
     )
 

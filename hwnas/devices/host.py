@@ -144,7 +144,8 @@ class Host:
             )
             if done.returncode != 0:
                 raise DeviceError(
-                    f"{model.name} does not run on {self.device.id}: {last_line(done.stderr) or SILENT}"
+                    f"{model.name} does not run on {self.device.id}:"
+                    f" {last_line(done.stderr) or SILENT}"
                 )
             result: np.ndarray = np.load(outputs)
         return result

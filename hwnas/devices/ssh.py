@@ -406,7 +406,8 @@ def _checked(device: Device) -> dict[str, str]:
     host = options.get("host", "")
     if not _HOST.fullmatch(host):
         raise ConfigError(
-            f"device {device.id}: host = {quoted(host)} is not a host name; write USER@HOST, or an alias"
+            f"device {device.id}: host = {quoted(host)} is not a host name; write USER@HOST, or an"
+            " alias"
             " of ~/.ssh/config."
         )
     port = options.get("port", "22")
@@ -419,13 +420,15 @@ def _checked(device: Device) -> dict[str, str]:
     for name in ("identity", "config"):
         if name in options and not is_file(options[name]):
             raise ConfigError(
-                f"device {device.id}: {name} = {quoted(options[name])} is not a file; correct the path."
+                f"device {device.id}: {name} = {quoted(options[name])} is not a file; correct the"
+                " path."
             )
     for name in ("python", "folder"):
         value = options.get(name, "-")
         if not value.isprintable() or not value:
             raise ConfigError(
-                f"device {device.id}: {name} = {quoted(value)} is not a path; correct it, or leave it"
+                f"device {device.id}: {name} = {quoted(value)} is not a path; correct it, or leave"
+                " it"
                 " out."
             )
     return options

@@ -389,7 +389,8 @@ def _check_usable(table: LatencyTable, entries: dict[str, Entry]) -> None:
     if held_out.mape > TOO_BUSY_ERROR:
         raise DeviceError(
             f"{table.header.device} was too busy to be measured: {_noise(entries)}, and the table"
-            f" would be off by {held_out.mape:.0%} on average: end other programs on it, let it cool"
+            f" would be off by {held_out.mape:.0%} on average: end other programs on it, let it"
+            " cool"
             " down, and profile again with --fresh."
         )
 

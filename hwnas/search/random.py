@@ -118,7 +118,8 @@ class RandomStandalone(Strategy):
             )
         if ctx.steps < len(self.standalone):
             raise ConfigError(
-                f"{len(self.standalone)} training runs share {ctx.steps} steps, so some get none: lower"
+                f"{len(self.standalone)} training runs share {ctx.steps} steps, so some get none:"
+                " lower"
                 " trainings or raise search.epochs."
             )
 

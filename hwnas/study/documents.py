@@ -308,7 +308,8 @@ class ShrinkPath(Document):
     base_epochs: float = Field(
         0,
         description=(
-            "epochs of the first training run after which the weights are the reference of its angle;"
+            "epochs of the first training run after which the weights are the reference of its"
+            " angle;"
             " 0: the initial weights"
         ),
     )

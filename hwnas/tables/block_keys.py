@@ -224,7 +224,8 @@ def _check_blocks(source: Source, timed: Iterable[TimedOp], name: str, other: st
     """Raise TableError if nothing in the file is a block: it has another format."""
     if not any(isinstance(row.op, DSConv | MBConv) for row in timed):
         raise source.wrong(
-            f"contains no block of format {name!r}: try --format {other}, or another of the formats."
+            f"contains no block of format {name!r}: try --format {other}, or another of the"
+            " formats."
         )
 
 

@@ -79,7 +79,8 @@ def fit_table(
     for arch, latency in networks:
         if not is_possible(latency):
             raise TableError(
-                f"network {arch.name!r} takes {latency:g} ms, which no clock measures: give latencies"
+                f"network {arch.name!r} takes {latency:g} ms, which no clock measures: give"
+                " latencies"
                 " in milliseconds."
             )
     ms_N = np.array([latency for _, latency in networks], dtype=float)

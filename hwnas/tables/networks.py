@@ -159,6 +159,7 @@ def _milliseconds(source: Source, line: str, text: str) -> float:
         ms = math.nan
     if not 0 < ms < math.inf:  # NaN fails this as well
         raise source.wrong(
-            f"{line} ms is {quoted(text)}: give a latency in milliseconds above 0, or remove the line."
+            f"{line} ms is {quoted(text)}: give a latency in milliseconds above 0, or remove the"
+            " line."
         )
     return ms

@@ -80,7 +80,8 @@ class Source:
             text = decoded_text(content)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise TableError(
-                f"{name} cannot be unpacked ({error}): it is corrupt or was cut off; fetch it again."
+                f"{name} cannot be unpacked ({error}): it is corrupt or was cut off; fetch it"
+                " again."
             ) from error
         except UnicodeDecodeError as error:
             raise TableError(

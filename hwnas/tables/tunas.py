@@ -74,7 +74,8 @@ def _constants(source: Source, name: str, count: int) -> list[float]:
     )
     if match is None:
         raise source.wrong(
-            f"contains no constant _{SPACE.upper()}_{name}: it was cut off, or needs another --format."
+            f"contains no constant _{SPACE.upper()}_{name}: it was cut off, or needs another"
+            " --format."
         )
     try:
         content = base64.b64decode("".join(match[1].split()), validate=True)
