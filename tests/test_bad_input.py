@@ -235,11 +235,11 @@ def test_diverging_training_stops_and_keeps_a_checkpoint(hwnas: Run, project: Pa
 REFUSED = [
     (
         ("search.strategy.architectures=33",),
-        ("'tunas'", "33 parts", "search.batch_size = 64", "set it to 66 or more"),
+        ("'tunas'", "33 microbatches", "search.batch_size = 64", "set it to 66 or more"),
     ),
     (
         ("search.strategy={name = 'proxylessnas', gradient = 'reinforce', rl_samples = 33}",),
-        ("'proxylessnas'", "33 parts", "set it to 66 or more"),
+        ("'proxylessnas'", "33 microbatches", "set it to 66 or more"),
     ),
     (
         ("search.limits=[{kind = 'latency', table = 'board.json', max_ms = 1.0}]",),

@@ -10,6 +10,7 @@ import pytest
 from hwnas.config import load_experiment
 from hwnas.document import content_sha256, file_sha256
 from hwnas.errors import UserError
+from hwnas.export.bundle import Bundle
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import MANIFEST, StageManifest
@@ -59,47 +60,44 @@ def test_which_stages_are_needed(
 
 @pytest.mark.slow
 def test_the_inputs_of_each_stage(finished_run: Path) -> None:
-    """The names and hashes in the manifests stay the same, so that earlier run folders
-    stay up to date.
-    """
+    """What each stage depends on, by name, and the hashes of what can be hashed here."""
     inputs = {name: StageManifest.load(finished_run / name / MANIFEST).inputs for name in STAGES}
+    table = file_sha256(finished_run / "profile" / "table.json")
+    settings = {
+        "profile": {"device", "profile", "seed"},
+        "search": {"search", "seed", "data", "train images"},
+        "train": {"train", "seed", "data", "train images", "test images"},
+        "export": {"export", "data", "train images", "test images"},
+        "validate": {"validate", "device", "data", "test images"},
+    }
+    bundle = Bundle.load(finished_run / "export" / "bundle.json")
+    files = {
+        "profile": {"space.json", "device.json"},
+        "search": {"space.json", "table"},
+        "train": {"arch.json", "architecture"},
+        "export": {"model.safetensors"},
+        "validate": {
+            "bundle.json",
+            "parity.npz",
+            "device.json",
+            "table",
+            *(file.name for file in bundle.files),
+        },
+    }
+    for stage, names in settings.items():
+        optional = {"warnings"} if stage == "validate" else set()
+        assert inputs[stage].keys() - optional == names | files[stage] | {"hwnas"}, stage
+
+    assert inputs["search"]["table"] == inputs["validate"]["table"] == table
+    assert inputs["search"]["train images"] == inputs["train"]["train images"]
+    assert inputs["train"]["arch.json"] == file_sha256(finished_run / "search" / "arch.json")
+    weights = finished_run / "train" / "model.safetensors"
+    assert inputs["export"]["model.safetensors"] == file_sha256(weights)
+    for name in files["validate"] - {"device.json", "table"}:
+        assert inputs["validate"][name] == file_sha256(finished_run / "export" / name)
     config = json.loads((finished_run / "config.json").read_text())
-    sections = {
-        name: content_sha256(config[name])
-        for name in ("data", "device", "profile", "search", "train", "export", "validate", "seed")
-    }
-    data = {name: inputs["search"][name] for name in ("hwnas", "images")} | {
-        "data": sections["data"]
-    }
-    table = {"table.json": file_sha256(finished_run / "profile" / "table.json")}
-    space = {"space.json": inputs["profile"]["space.json"]}
-
-    def of(*names: str) -> dict[str, str]:
-        return {name: sections[name] for name in names}
-
-    weights, bundle = (
-        finished_run / "train" / "model.safetensors",
-        finished_run / "export" / "bundle.json",
-    )
-    warnings = {name: value for name, value in inputs["validate"].items() if name == "warnings"}
-    device = {"device.json": inputs["profile"]["device.json"], "hwnas": data["hwnas"]}
-    arch = {
-        "arch.json": file_sha256(finished_run / "search" / "arch.json"),
-        "architecture": inputs["train"]["architecture"],
-    }
-    assert inputs["profile"] == {**space, **device, **of("device", "profile", "seed")}
-    assert inputs["search"] == {**space, **table, **data, **of("search", "seed")}
-    assert inputs["train"] == {**arch, **data, **of("train", "seed")}
-    assert inputs["export"] == {"model.safetensors": file_sha256(weights), **data, **of("export")}
-    assert inputs["validate"] == {
-        "bundle.json": file_sha256(bundle),
-        **table,
-        **data,
-        **warnings,
-        **of("validate", "device"),
-    }
     assert inputs["report"]["config"] == content_sha256(config)
-    assert inputs["report"]["profile/table.json"] == table["table.json"]
+    assert inputs["report"]["profile/table.json"] == table
 
 
 def test_the_error_for_a_missing_input_says_how_to_get_it(tmp_path: Path) -> None:

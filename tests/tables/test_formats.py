@@ -92,7 +92,7 @@ def test_the_byte_order_is_that_of_the_published_file(tmp_path: Path) -> None:
             "tunas",
             "contains 572 bytes of KERNEL, not 144 finite float32 numbers",
         ),
-        (tunas_file([float("nan")] * 144), "tunas", "not 144 finite numbers"),
+        (tunas_file([float("nan")] * 144), "tunas", "not 144 finite float32 numbers"),
         (
             tunas_file([1.0] * 144)[:400],
             "tunas",
