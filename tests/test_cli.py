@@ -122,6 +122,7 @@ print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
         assert verb.split()[0] in done.stdout
 
 
+@pytest.mark.slow
 def test_spaces_and_tables_are_shown_without_pytorch() -> None:
     """PyTorch takes seconds to import and half a gigabyte."""
     table = resource_path("latency_tables/amd-epyc-2core/fbnet-litert-fp32-1t.json")

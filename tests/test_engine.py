@@ -271,6 +271,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(optimizer: str, tmp_path: Path) -
     assert last < first
 
 
+@pytest.mark.slow
 def test_resuming_drops_metrics_newer_than_the_checkpoint(tmp_path: Path) -> None:
     """A checkpoint may be older than the log; the steps in between are repeated and
     logged again.
@@ -315,6 +316,7 @@ def test_resuming_drops_metrics_newer_than_the_checkpoint(tmp_path: Path) -> Non
     assert_same(again.model.state_dict(), straight.model.state_dict())
 
 
+@pytest.mark.slow
 def test_divergence_keeps_the_last_good_state(tmp_path: Path) -> None:
     straight = make(tmp_path / "straight", 20)
     train(straight)

@@ -117,7 +117,9 @@ def _repair_batch(ctx: SearchContext, index_NC: np.ndarray, moves: _Moves) -> np
             best_M = next_NKM[i, k]
             best = next_NK[i, k]
             # Pairs cost far more than single changes, so they come second, and not often.
-            if best >= distance_N[n] and pairs_N[n] < PAIR_ROUNDS:
+            # A space with one choice has none.
+            may_pair = len(moves.first_P) > 0 and pairs_N[n] < PAIR_ROUNDS
+            if best >= distance_N[n] and may_pair:
                 pairs_N[n] += 1
                 best_C, best_M, best = _best_pair(
                     ctx, current_NC[n], current_NM[n], next_NKM[i], moves

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hwnas.config import TARGETS, load_experiment
+from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.export.target import Target, target
 from hwnas.export.targets import Onnx, TFLiteFloat, TFLiteInt8
 from hwnas.pipeline import Pipeline
@@ -76,6 +77,7 @@ def test_a_third_partys_target_goes_through_all_stages(installed: str, tmp_path:
         "profile.test_networks=1",
         "search.epochs=1",
         "search.target_range=0.5",
+        "search.tolerance=0.5",
         "search.candidates=2",
         "search.random_samples=1",
         "train.epochs=1",
@@ -84,6 +86,17 @@ def test_a_third_partys_target_goes_through_all_stages(installed: str, tmp_path:
         "validate.max_drift=100",
     ]
     experiment = load_experiment(write_tiny(tmp_path), overrides)
+    # exporting a program takes a second, so few ops are to be measured
+    stages = (
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(
+            widths=(16,), stride=2, slots=(("ir_k3_e3", "ir_k5_e3", "ir_k3_e6", "ir_k5_e6"),)
+        ),
+        SpaceStage(widths=(32,), slots=(("cn_k1",),)),
+    )
+    MacroSpace(name="tiny", resolution=8, in_channels=1, classes=10, stages=stages).save(
+        tmp_path / "space.json"
+    )
     Pipeline(experiment, tmp_path / "run", Progress()).run()
     header = json.loads((tmp_path / "run/profile/table.json").read_text())["header"]
     assert (header["runtime"], header["layout"]) == ("torch", "NCHW")

@@ -122,6 +122,7 @@ def plain_expectation(
     return total
 
 
+@pytest.mark.slow
 @FAST
 @given(spaces(), st.sampled_from(("sum", "max")))
 def test_costs_and_bounds_are_those_of_all_architectures(space: AnySpace, reduce: str) -> None:

@@ -125,6 +125,7 @@ def test_the_key_of_an_op_reads_back(op: Op) -> None:
     assert set(op.key) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
+@pytest.mark.slow
 @FAST
 @given(ops(), ops())
 def test_different_ops_have_different_keys(a: Op, b: Op) -> None:
@@ -310,6 +311,7 @@ def test_grouped_blocks_shuffle_between_their_convolutions_at_no_cost() -> None:
     assert MBConv(8, 8, 8, 24, 3, groups=2).macs == 64 * (4 * 24 + 9 * 24 + 12 * 8)
 
 
+@pytest.mark.slow
 @FAST
 @given(st.integers(1, 300), st.sampled_from((1, 3, 5, 7)), st.integers(1, 4))
 def test_output_sizes_are_those_of_a_convolution_padded_by_half_its_kernel(

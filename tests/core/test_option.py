@@ -203,6 +203,7 @@ def test_a_single_option_is_not_a_decision() -> None:
     assert factorise(("ir_k3_e3", "skip")).decisions == (2,)
 
 
+@pytest.mark.slow
 @FAST
 @given(
     st.lists(st.sampled_from((3, 5, 7)), min_size=1, unique=True),

@@ -397,6 +397,7 @@ def test_zooming_out_fills_with_the_mean(tmp_path: Path) -> None:
     assert torch.stack(around).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_large_photographs_are_shrunk_for_training(tmp_path: Path) -> None:
     """Their boxes shrink too; evaluation keeps every pixel."""
     write_coco(
@@ -485,6 +486,7 @@ def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_does_not_decode(tmp_path: Path, workers: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)

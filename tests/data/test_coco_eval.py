@@ -72,6 +72,7 @@ def test_pycocotools_stays_silent_and_changes_nothing(
     assert (ground_truth, results) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["A_coco100_bbox", "C_small"])
 @pytest.mark.parametrize("renamed", ["{:020d}", "large"])
 def test_ids_of_any_kind_make_no_difference(fixtures: Path, name: str, renamed: str) -> None:

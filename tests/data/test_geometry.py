@@ -234,6 +234,7 @@ def drawn_batches(images: Images, draws: int, at_once: int = 100) -> Iterator[to
         yield images.__getitems__([(0, start + number) for number in range(at_once)])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "augment", "mode"), CASES)
 def test_training_has_the_scale_of_evaluation(
     configured: Callable[[str, str, Resize], DataConfig], name: str, augment: str, mode: Resize

@@ -140,6 +140,7 @@ def run(
     return experiment, root / "export"
 
 
+@pytest.mark.slow
 def test_python_predicts_the_class_that_hwnas_predicts(
     run: tuple[Experiment, Path], photographs: Path
 ) -> None:

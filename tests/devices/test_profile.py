@@ -207,6 +207,7 @@ class Restless(Simulated):
 
 
 # 10,000 rows are more than a profile has: it is not interrupted
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [0, 1, 2, 17, 40, 85, 10_000])
 def test_interrupted_and_resumed(rows: int, tmp_path: Path) -> None:
     """The same bytes as without interruption, and nothing is measured twice."""
@@ -258,6 +259,7 @@ def test_interrupted_again_and_again_among_noisy_entries(tmp_path: Path) -> None
     assert resumed.to_json() == uninterrupted.to_json()
 
 
+@pytest.mark.slow
 def test_a_torn_line_is_measured_again(tmp_path: Path) -> None:
     """A kill in the middle of a write leaves half a line, and a disk error may leave
     garbage.
@@ -348,6 +350,7 @@ def test_a_failing_item_is_named(tmp_path: Path) -> None:
     assert profiled(tmp_path).to_json() == profiled(tmp_path / "uninterrupted").to_json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "space", [mobile32(), proxylessnas(), small_space()], ids=lambda space: space.name
 )
@@ -368,6 +371,7 @@ def test_networks_are_spread_over_the_range(space: MacroSpace) -> None:
         assert len({arch.blocks for arch in networks}) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fit", "test"), [(12, 8), (3, 2), (1, 8), (4, 12), (5, 1), (0, 8), (12, 0), (0, 0)]
 )
@@ -399,6 +403,7 @@ def test_a_table_that_the_search_would_refuse_is_not_measured_first() -> None:
     check("profile.fit_networks=1")
 
 
+@pytest.mark.slow
 def test_whole_networks_alone_give_a_table(tmp_path: Path) -> None:
     """No op is timed; the simulated clock is a sum over ops, so the fit must predict
     networks that it has not seen.

@@ -178,6 +178,7 @@ def test_errors_from_the_board_name_the_local_files(board: Ssh, tmp_path: Path) 
     assert "ms" in third
 
 
+@pytest.mark.slow
 def test_predicts_what_this_computer_predicts(board: Ssh, server: Server, tmp_path: Path) -> None:
     """With more images than pipes hold, which leave no trace on the board."""
     model = timing_file(OPS, "litert", "fp32")
@@ -191,6 +192,7 @@ def test_predicts_what_this_computer_predicts(board: Ssh, server: Server, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_leaving_early_ends_the_runner_on_the_board(
     board: Ssh, server: Server, tmp_path: Path
 ) -> None:
@@ -264,6 +266,7 @@ def test_hosts_as_people_write_them(host: str) -> None:
     assert find_device(f"ssh:{host}").options == {"host": host}
 
 
+@pytest.mark.slow
 def test_paths_in_the_home_folder_of_the_board(board: Ssh, server: Server) -> None:
     """``~/env/bin/python`` works, although no shell expands the tilde."""
     (server.home / ".bashrc").write_text("cd $HOME\n")
@@ -273,6 +276,7 @@ def test_paths_in_the_home_folder_of_the_board(board: Ssh, server: Server) -> No
     assert (server.home / "deep/models").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("longest", "logins"), [(ssh.SOCKET_PATH_MAX, 1), (0, 2)])
 def test_connections_are_shared_and_closed(
     longest: int, logins: int, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -76,6 +76,7 @@ def test_predict_with_a_broken_model_or_images_of_the_wrong_size(
     assert os.environ["HWNAS_CACHE"] not in str(caught.value), "a path of this computer"
 
 
+@pytest.mark.slow
 def test_a_lost_connection_loses_no_row(board: Ssh, server: Server, tmp_path: Path) -> None:
     """The server's side dies in the middle of a profile; run again, it measures only
     what is missing.
@@ -257,6 +258,7 @@ def test_a_python_without_numpy(server: Server, tmp_path: Path) -> None:
     assert str(caught.value) == f"board: This Python has no numpy: {command}"
 
 
+@pytest.mark.slow
 def test_a_python_without_a_runtime(server: Server, tmp_path: Path) -> None:
     """The error is only about the runtime that is requested; the other one works."""
     python = environment(

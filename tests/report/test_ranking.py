@@ -96,6 +96,7 @@ def written(root: Path, study: RankStudy) -> str:
     return (root / "report" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_has_its_table_and_a_plot_per_score(tmp_path: Path) -> None:
     text = written(tmp_path / "run", make_study())
     page = Page(text)

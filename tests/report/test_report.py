@@ -392,6 +392,7 @@ def test_a_partial_run_shows_what_exists_and_names_what_is_missing(
     assert "not validated yet" in page.text
 
 
+@pytest.mark.slow
 def test_an_empty_and_an_interrupted_run(tmp_path: Path) -> None:
     ctx = StageContext(experiment(), tmp_path, tmp_path / "report")
     assert [name for name in Page(written(ctx)).ids if name in SECTIONS] == ["provenance"]
@@ -440,6 +441,7 @@ def test_a_search_that_learned_nothing_has_no_green_badge(tmp_path: Path) -> Non
         )
 
 
+@pytest.mark.slow
 def test_a_network_that_guesses_has_no_green_badge(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     path = ctx.path("train", "train.json")
@@ -477,6 +479,7 @@ def test_proposals_are_compared_with_random_networks_in_a_sentence(tmp_path: Pat
         assert ("trained on the policy’s own paths" in text) == (course is not None)
 
 
+@pytest.mark.slow
 def test_a_loss_is_not_written_as_a_percentage(tmp_path: Path) -> None:
     ctx = fill(tmp_path, experiment())
     path = ctx.path("search", "search.json")
@@ -507,6 +510,7 @@ def test_images_that_are_left_out_are_listed(tmp_path: Path) -> None:
     assert "train/cat/<7>.png: image file is truncated" in page.text and "<7>" not in text
 
 
+@pytest.mark.slow
 def test_names_are_escaped(tmp_path: Path) -> None:
     name = '<script>alert("1")<b> & $x$'
     page = Page(text := written(fill(tmp_path / "a<b>&", experiment(name=name))))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from hwnas.config import Experiment
 from hwnas.core.spaces import mobile32
 from hwnas.report import shrinking, stage
@@ -98,6 +100,7 @@ def test_the_rows_in_words() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table_and_the_figure(tmp_path: Path) -> None:
     for name, study in (("with", make_study()), ("without", make_study(truth=False))):
         root = tmp_path / name

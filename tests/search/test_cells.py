@@ -280,6 +280,7 @@ def test_methods_and_settings_for_chains_of_blocks_refuse_cells(tmp_path: Path) 
         run(tmp_path / "search", config, synthetic_table(space), space=space)
 
 
+@pytest.mark.slow
 def test_a_new_growing_super_net_is_at_its_last_stage() -> None:
     growing = GrowingSupernet(
         SMALL["darts"], torch.Generator().manual_seed(0), experiment().search.supernet, (1, 1)

@@ -148,6 +148,7 @@ def test_warm_up_trains_only_the_weights() -> None:
     assert ["held_out_loss" in row for row in metrics] == 5 * [False] + 5 * [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0.3, 0.8])
 def test_the_expected_latency_meets_the_target(part: float) -> None:
     """From either side and whatever the qualities: the penalty is exact, not a

@@ -163,6 +163,7 @@ def test_the_whole_pipeline_meets_the_budget(tmp_path: Path) -> None:
     assert (run / "validate" / "verdict.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [

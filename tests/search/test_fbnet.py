@@ -200,6 +200,7 @@ def test_schedule() -> None:
     } <= metrics.keys()
 
 
+@pytest.mark.slow
 def test_samples_are_distributed_like_the_policy_within_the_budget() -> None:
     """P(option | within the tolerance) by enumeration, against the first proposal of
     many draws.

@@ -51,6 +51,7 @@ def test_evaluates_each_architecture_once_within_the_budget_and_ranks_by_reward(
     assert rewards == sorted(rewards, reverse=True)
 
 
+@pytest.mark.slow
 def test_evolves_beyond_the_first_generation() -> None:
     """More than the 50 random architectures are evaluated, and the best of the later
     ones beats the best of the random ones.

@@ -18,7 +18,7 @@ from hwnas.core.cost import CostModel
 from hwnas.core.limits import ActivationLimit, LatencyLimit, Limit, Limits, MacsLimit
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.ops import Op
-from hwnas.core.space import SearchSpace
+from hwnas.core.space import MacroSpace, SearchSpace, SpaceStage
 from hwnas.core.spaces import load_space
 from hwnas.core.table import Entry, LatencyTable
 from hwnas.search.budget import distance, repair, tilt_policy
@@ -226,6 +226,22 @@ def test_repairs_end_within_the_budget_or_nearer() -> None:
     assert np.array_equal(distance(ctx, moved_NC) <= 0, within_N)
     assert np.array_equal(repair(ctx, moved_NC[within_N]), moved_NC[within_N])
     assert len(repair(ctx, starts_NC[:0])) == 0
+
+
+def test_a_space_with_one_choice_has_no_pairs_of_changes() -> None:
+    """And none of its architectures may be within the budget."""
+    options = ("ir_k3_e3", "ir_k5_e3", "ir_k3_e6")
+    stages = (
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(16,), stride=2, slots=(options,)),
+    )
+    space = MacroSpace(name="one", resolution=8, in_channels=1, classes=10, stages=stages)
+    cost = CostModel.of_table(space, synthetic_table(space))
+    low, high = cost.range()
+    ctx = SearchContext(space, cost, AbsoluteObjective(), (low + high) / 2, 1e-6, 1, 1)
+    every_N1 = np.arange(len(options))[:, None]
+    repaired_N1 = repair(ctx, every_N1)
+    assert distance(ctx, repaired_N1) == pytest.approx(distance(ctx, every_N1).min())
 
 
 def test_peaks_that_several_ops_share_are_lowered() -> None:

@@ -116,6 +116,7 @@ def test_the_announcement_gives_the_counts_and_the_cost(table: LatencyTable) -> 
     assert 0 < int(match[2]) < 9
 
 
+@pytest.mark.slow
 def test_random_architectures_in_the_budget_are_scored_on_all_images_and_others_on_few(
     table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,6 +281,7 @@ def test_a_trained_super_net_serves_another_budget(
     )
 
 
+@pytest.mark.slow
 def test_limits_hold_in_addition_to_the_target(table: LatencyTable, tmp_path: Path) -> None:
     """Another device's table and a limit on MACs: every candidate meets both, and the
     result has the values.
@@ -355,6 +356,7 @@ def test_a_policy_that_has_hardly_moved_is_warned_about(
         assert rate in STRATEGIES.get(strategy).Config.model_fields
 
 
+@pytest.mark.slow
 def test_a_policy_that_has_moved_is_not_warned_about(table: LatencyTable, tmp_path: Path) -> None:
     progress = Warnings()
     config = experiment(

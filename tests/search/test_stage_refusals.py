@@ -90,6 +90,7 @@ def test_an_unknown_strategy_or_option_is_refused(table: LatencyTable, tmp_path:
         run(tmp_path / "search", experiment(strategy={"name": "tunas", "rl_lrr": 1}), table)
 
 
+@pytest.mark.slow
 def test_a_trained_super_net_of_another_space_or_none_is_refused(
     table: LatencyTable, tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_strategies_that_mix_refuse_weights_per_edge(
         run(tmp_path / "search", experiment("fbnet", supernet={"operation_on": level}), table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", OPTIONS)
 def test_divergence_is_reported_with_its_step_and_a_remedy(
     strategy: str, table: LatencyTable, tmp_path: Path

@@ -192,6 +192,7 @@ def test_random_search_reaches_a_rank_with_the_papers_probability(
         assert probability[choice >= value].sum() == pytest.approx(1 - (1 - r / len(choice)) ** k)
 
 
+@pytest.mark.slow
 def test_the_interval_over_seeds_agrees_with_scipys() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.4, 1, 12), rng.normal(0, 1, 10)
