@@ -54,7 +54,11 @@ class Unreadable(Document):
         """The data without those images that are no longer on disk."""
         if not self.images:
             return data
-        folder = data_folder(data)
+        try:
+            folder = data_folder(data)
+        except DataError:
+            # whoever reads the images says so; a report does not
+            return data
         gone = [image for image in self.images if not (folder / image).exists()]
         if not gone:
             return data

@@ -259,6 +259,15 @@ def test_a_fresh_run_uses_a_replaced_image_again(project: Path) -> None:
     assert (run / f"{FILE}.old-1").is_file()
 
 
+def test_a_report_needs_no_images(project: Path) -> None:
+    """The data of a finished run may be gone."""
+    Unreadable(images={"train/cat/7.png": "truncated"}).save(project / "run" / FILE)
+    subject = pipeline(project, "data.classes=2")
+    shutil.rmtree(project / "data")
+    subject.run_stage("report")
+    assert "train/cat/7.png" in (project / "run/report/report.html").read_text()
+
+
 # Damaged run folders
 
 
