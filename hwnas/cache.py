@@ -25,8 +25,7 @@ def cache_folder() -> Path:
     except RuntimeError as error:
         raise StorageError(
             f"HWNAS_CACHE = {named!r} begins with a home folder that does not exist: set"
-            " HWNAS_CACHE"
-            " to a folder of your own."
+            " HWNAS_CACHE to a folder of your own."
         ) from error
 
 

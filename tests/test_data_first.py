@@ -8,7 +8,6 @@ downloaded, and photographs that were cut off.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hwnas import cli
 from tests.conftest import digits_space, write_tiny
+from tests.fuzz.driving import run as run_here
 
 Hwnas = Callable[..., tuple[int, str, str]]
 
@@ -25,9 +24,7 @@ ARCH = "train.arch='0 0 0'"
 
 
 @pytest.fixture
-def hwnas(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Hwnas:
+def hwnas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hwnas:
     """Run a verb on the images in ``data``: exit code, standard output, standard error."""
     monkeypatch.setenv("HWNAS_CACHE", str(tmp_path / "cache"))
     experiment = write_tiny(tmp_path / "experiment")
@@ -36,17 +33,9 @@ def hwnas(
 
     def run(verb: str, *arguments: object, data: Path = tmp_path / "data") -> tuple[int, str, str]:
         settings = ["-s", "data.name=folder", "-s", f"data.path={data}"]
-        command = ["hwnas", verb, experiment, *settings, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        try:
-            cli.main()
-            code: object = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        printed = capsys.readouterr()
-        assert isinstance(code, int)
-        assert "Traceback" not in printed.err
-        return code, printed.out, printed.err
+        outcome = run_here(verb, experiment, *settings, *arguments)
+        assert "Traceback" not in outcome.err
+        return outcome.code, outcome.out, outcome.err
 
     return run
 

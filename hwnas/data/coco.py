@@ -39,9 +39,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from hwnas import printable
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
-from hwnas.data.coco_file import Annotations, Id, read_annotations, short, sort_key
+from hwnas.data.coco_file import Annotations, Id, read_annotations, sort_key
 from hwnas.data.coco_paths import image_paths
 from hwnas.data.decoding import decode
 from hwnas.data.geometry import Geometry
@@ -357,6 +358,6 @@ def _check_same_categories(annotations: Annotations, train: Annotations) -> None
         ids = sorted({category_id for category_id, _ in differing}, key=sort_key)
         raise DataError(
             f"{annotations.path} and {train.path} differ in categories (ids"
-            f" {listed([short(key) for key in ids])}), so classes would not agree: give both the"
+            f" {listed([printable.quoted(key) for key in ids])}), so classes would not agree: give both the"
             " same list."
         )

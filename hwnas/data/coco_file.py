@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationE
 from hwnas.data.coco_text import parsed
 from hwnas.document import explain
 from hwnas.errors import DataError
+from hwnas.printable import quoted
 
 ROUNDING_PX = 1.0
 """Boxes that leave their image by at most this much were rounded. They stay unchanged
@@ -367,7 +368,7 @@ def _listed(path: Path, content: Any, noun: str, pieces: Sequence[Any] = ()) -> 
         raise _malformed(path, f"key {noun!r} is missing; add it")
     entries = content[noun]
     if not isinstance(entries, list):
-        raise _malformed(path, f"{noun} = {short(entries)}: input should be a valid list")
+        raise _malformed(path, f"{noun} = {quoted(entries)}: input should be a valid list")
     if not entries and not pieces:
         raise DataError(
             f"{path} has no {noun}: export it again with images, annotations and categories."
@@ -393,7 +394,7 @@ def _wrong(path: Path, noun: str, position: int, entry: Any) -> DataError:
     if noun == "annotations" and isinstance(entry, dict) and entry.get("bbox") in (None, []):
         name = f"number {position} in its list"
         if "id" in entry:
-            name += f", id {short(entry['id'])}"
+            name += f", id {quoted(entry['id'])}"
         return DataError(
             f"{path} has an annotation without a bbox ({name}): export boxes as well as outlines,"
             " or remove the annotation."
@@ -407,12 +408,6 @@ def _wrong(path: Path, noun: str, position: int, entry: Any) -> DataError:
 
 def _malformed(path: Path, problem: str) -> DataError:
     return DataError(f"{path} is not in COCO's format ({problem}): correct it or export it again.")
-
-
-def short(value: Any, most: int = 60) -> str:
-    """A value for a message, in at most so many characters."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _ids(path: Path, noun: str, key: str, values: list[Any]) -> list[Id]:
@@ -430,7 +425,7 @@ def _ids(path: Path, noun: str, key: str, values: list[Any]) -> list[Id]:
         if type(value) not in (int, str):
             raise _malformed(
                 path,
-                f"{noun}.{position}.{key} = {short(value)}: input should be an integer or a string",
+                f"{noun}.{position}.{key} = {quoted(value)}: input should be an integer or a string",
             )
         ids.append(value)
     return ids
@@ -446,7 +441,7 @@ def _check_unique(path: Path, noun: str, values: Sequence[Id]) -> None:
     if len(set(values)) < len(values):
         [(duplicate, _)] = Counter(values).most_common(1)
         raise DataError(
-            f"{path} has {noun} that are not unique ({short(duplicate)} occurs more than once):"
+            f"{path} has {noun} that are not unique ({quoted(duplicate)} occurs more than once):"
             " give each its own."
         )
 
@@ -464,12 +459,12 @@ def _positions(path: Path, noun: str, ids: list[Id], known_ids: list[Id]) -> np.
         for known in known_ids:
             if str(known) == str(wrong):
                 problem = (
-                    f"the {noun} has the id {short(known)}: write both as numbers or both as"
+                    f"the {noun} has the id {quoted(known)}: write both as numbers or both as"
                     " strings"
                 )
         raise DataError(
             f"{path} has an annotation (number {unknown[0]} in its list) with {noun}_id"
-            f" {short(wrong)}, but {problem}."
+            f" {quoted(wrong)}, but {problem}."
         )
     return positions
 

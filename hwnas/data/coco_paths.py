@@ -22,8 +22,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from hwnas.data.coco_file import short
 from hwnas.errors import DataError
+from hwnas.printable import quoted
 
 LONGEST_NAME = 200
 """Characters of a name that a message shows."""
@@ -62,14 +62,14 @@ def image_paths(
     if outside:
         raise DataError(
             f"{annotations} has file names that lead out of {folder} ({len(outside)} of"
-            f" {len(names)}, first: {short(outside[0], LONGEST_NAME)}): put these images into that"
+            f" {len(names)}, first: {quoted(outside[0], LONGEST_NAME)}): put these images into that"
             " folder and correct the names, or set"
             " data.allow_outside = true if you trust the file."
         )
     if missing:
         raise DataError(
             f"{annotations} names {len(names)} images, of which {len(missing)} are not in"
-            f" {folder} (first: {short(missing[0], LONGEST_NAME)}): {_cure(missing[0], files)}."
+            f" {folder} (first: {quoted(missing[0], LONGEST_NAME)}): {_cure(missing[0], files)}."
         )
     return found
 
@@ -164,7 +164,7 @@ def _cure(name: str, files: _Files) -> str:
     plain = unquote(name.replace("\\", "/")).rpartition("/")[2]
     if plain != name and files.lists(plain):
         return (
-            f"{short(plain, LONGEST_NAME)} is there, so take the folders out of the file names, or"
+            f"{quoted(plain, LONGEST_NAME)} is there, so take the folders out of the file names, or"
             " move the images"
             " into such folders"
         )

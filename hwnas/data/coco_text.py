@@ -16,19 +16,17 @@ Neither needs to understand the whole text, because a mistake about it is notice
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
-from hwnas.document import decoded_text
+from hwnas.document import decoded_text, uncollected
 from hwnas.errors import DataError
 
 BLOCK_BYTES = 2**25
@@ -66,7 +64,7 @@ def parsed(path: Path, key: str, convert: Callable[[list[Any]], Piece]) -> tuple
     represent: an integer of thousands of digits, lists nested too deeply.
     """
     try:
-        with _no_collection():
+        with uncollected():
             try:
                 return _parsed(_without_outlines(path), key, convert)
             except ValueError:
@@ -98,20 +96,6 @@ def parsed(path: Path, key: str, convert: Callable[[list[Any]], Piece]) -> tuple
             f"{path} has an integer of more than {sys.get_int_max_str_digits()} digits: correct"
             " it or export it again."
         ) from error
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without Python's search for garbage in cycles, which would look at millions of new
-    objects again and again. What JSON holds is never a cycle.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _parsed(
