@@ -226,8 +226,10 @@ def test_diverging_training_stops_and_keeps_a_checkpoint(hwnas: Run, project: Pa
     overrides = ["-s", "train.optimizer.lr=1e12", "-s", "train.optimizer.warmup=0.9"]
     refused(
         hwnas("train", project / "tiny.toml", "--out", project / "run", *overrides),
-        "loss",
+        # whether the loss or a weight overflows first depends on the CPU
+        "at step",
         "lower optimizer.lr",
+        "last good state is kept in",
         code=1,
     )
 

@@ -71,8 +71,8 @@ def onnx_outputs(path: Path, x_NCHW: torch.Tensor) -> np.ndarray:
 
 
 LEANER_ONNX = {"facreduce-h8-i6-o8-s2-relu": 2, "mbconv-h8-i8-o8-m16-k3-c3-relu": 1, "darts": 6}
-"""How many operators fewer than the exporter's: the larger of the differences before
-and after onnxruntime's optimisation.
+"""How many operators fewer than the exporter's, at least: the larger of the differences
+before and after onnxruntime's optimisation, which depends on the CPU.
 """
 NETWORKS = {
     "nasbench201": lambda: CELL.decode(
@@ -153,7 +153,7 @@ def test_onnx_files_have_no_more_operators_than_the_exporters(name: str, tmp_pat
             len(types(exported)) - len(types(written)),
             len(optimised_types[1]) - len(optimised_types[0]),
         )
-        assert max(lengths) == LEANER_ONNX[name]
+        assert max(lengths) >= LEANER_ONNX[name]
         assert min(lengths) >= 0
     else:
         assert types(written) == types(exported)
