@@ -425,7 +425,8 @@ def _ids(path: Path, noun: str, key: str, values: list[Any]) -> list[Id]:
         if type(value) not in (int, str):
             raise _malformed(
                 path,
-                f"{noun}.{position}.{key} = {quoted(value)}: input should be an integer or a string",
+                f"{noun}.{position}.{key} = {quoted(value)}: input should be an integer or a"
+                " string",
             )
         ids.append(value)
     return ids
