@@ -114,10 +114,11 @@ class Pipeline:
         self._run_stage(name, fresh)
 
     def _run_stage(self, name: str, fresh: bool) -> None:
-        from hwnas.engine import flush_denormals
+        if stage_class(name).runs_networks:
+            from hwnas.engine import flush_denormals
 
-        # denormal floats make a CPU many times slower, in training and in timing
-        flush_denormals()
+            # denormal floats make a CPU many times slower, in training and in timing
+            flush_denormals()
         prepare(self.root)
         known = self.unreadable.images
         with locked(self.root):

@@ -147,6 +147,10 @@ class Stage(ABC):
     """Whether it trains a network; all splits of the data are then checked before it
     starts.
     """
+    runs_networks: ClassVar[bool] = True
+    """Whether it trains, evaluates or times networks. One that does not works without
+    importing PyTorch.
+    """
     holds_out: ClassVar[bool] = False
     """Whether it holds out a part of the training images."""
 

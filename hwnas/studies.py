@@ -16,8 +16,8 @@ from hwnas.document import content_sha256, file_sha256
 from hwnas.engine import flush_denormals
 from hwnas.pipeline import Pipeline
 from hwnas.runs import StageContext, locked, prepare, set_aside
-from hwnas.search.stage import limit_hashes, search_context, weight_hashes
-from hwnas.search.supernets import SUPERNET_FILE
+from hwnas.search.settings import limit_hashes, search_context, weight_hashes
+from hwnas.search.supernet_file import SUPERNET_FILE
 from hwnas.study import compare, rank, shrink, shrink_eval, supernets, trainings
 from hwnas.study.trainings import Training
 from hwnas.study.truth import configured_truth

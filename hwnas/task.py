@@ -19,11 +19,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from hwnas.config import Experiment
 from hwnas.config.tasks import TASKS
@@ -31,10 +30,14 @@ from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
 from hwnas.core.detector import PostProcessing
 from hwnas.core.search_space import SearchSpace
-from hwnas.data.images import Batch, Images
-from hwnas.engine import Criterion
-from hwnas.nn.network import Network
 from hwnas.old_names import accept_old_names
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from torch import Tensor
+
+    from hwnas.data.images import Batch, Images
+    from hwnas.engine import Criterion
+    from hwnas.nn.network import Network
 
 OLD_NAMES = {
     "said": "describe_result",

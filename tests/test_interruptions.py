@@ -28,7 +28,7 @@ from hwnas.interruption import Interrupted, deferred, raising
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
 from hwnas.runs import JsonLines, StageContext
-from hwnas.train import stage as train_stage
+from hwnas.train import training
 from tests.conftest import digits_space, write_tiny
 from tests.test_engine import assert_same, make
 
@@ -254,7 +254,7 @@ def test_a_killed_loader_is_one_sentence_and_the_training_resumes(
 
     train_step = patch_step(monkeypatch, kill, at=3)
     with pytest.raises(ResourceError) as caught, explained("train", ctx.experiment):
-        train_stage.run(ctx, arch)
+        training.run(ctx, arch)
     assert str(caught.value) == (
         "a loader process of train was killed, most likely because memory ran out: lower"
         " data.workers (now 2), or end other programs, then the same command resumes; a lower"
@@ -264,7 +264,7 @@ def test_a_killed_loader_is_one_sentence_and_the_training_resumes(
 
     assert (ctx.folder / "checkpoint.pt").exists()
     monkeypatch.setattr(Engine, "train_step", train_step)
-    train_stage.run(ctx, arch)
+    training.run(ctx, arch)
     steps = [row["step"] for row in JsonLines(ctx.folder / "metrics.jsonl").read()]
     assert steps == list(range(len(steps)))
 
@@ -287,7 +287,7 @@ def test_ctrl_c_does_not_end_the_loaders_before_the_step(
 
     patch_step(monkeypatch, interrupt, at=3)
     with raising(), pytest.raises(Interrupted):
-        train_stage.run(ctx, arch)
+        training.run(ctx, arch)
     assert torch.load(ctx.folder / "checkpoint.pt", weights_only=True)["step"] == 4
 
 

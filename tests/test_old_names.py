@@ -17,7 +17,8 @@ from hwnas.core.arch import Picks
 from hwnas.search.random import RandomStandalone
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
 from hwnas.task import Answers, SearchQuality
-from hwnas.tasks.classification import Classification, Labels
+from hwnas.tasks.classification import Classification
+from hwnas.tasks.labels import Labels
 
 
 def test_old_methods_of_a_task_are_called_by_their_new_names() -> None:

@@ -19,7 +19,7 @@ from hwnas.core.published import NETWORKS
 from hwnas.core.spaces import proxylessnas
 from hwnas.core.table import LatencyTable
 from hwnas.experiments import experiment_space
-from hwnas.search.stage import search_context
+from hwnas.search.settings import search_context
 from tests.commands import run
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from hwnas.export.bundle import Bundle
 from hwnas.export.timing import timing_file
 from hwnas.pipeline import Pipeline
 from hwnas.progress import Progress
-from hwnas.validate.stage import validate
+from hwnas.validate.validating import validate
 from hwnas.verdict import Verdict, drift_note, lines
 
 pytestmark = pytest.mark.slow

@@ -36,7 +36,7 @@ from hwnas.progress import Progress
 from hwnas.tasks.boxes import parity
 from hwnas.train.result import TrainResult
 from hwnas.validate.latency import write_typical_image
-from hwnas.validate.stage import validate
+from hwnas.validate.validating import validate
 from hwnas.verdict import Verdict, lines
 from tests.train.rectangles import classifier, settings
 

@@ -29,6 +29,13 @@ Scores = Literal["softmax", "sigmoid"]
 """How logits become scores; see ``Detector``."""
 Ratio = Annotated[float, Field(gt=0)]
 
+CODE_SIZE = 4
+"""Numbers that encode a box."""
+JOINED = 4
+"""Feature maps whose predictions are joined by one concatenation. XNNPACK, which runs
+LiteRT's files, joins at most five tensors; more go to slower kernels.
+"""
+
 
 class Detector(BaseModel):
     """An SSD detector on the blocks of an architecture.

@@ -147,6 +147,12 @@ def split_expansion(op: Op) -> tuple[Op, Op]:
     return expansion, DSConv(op.size, op.mid_ch, op.out_ch, **kept)
 
 
+def detector_of(arch: Architecture) -> Detector:
+    """The detector of an architecture that has one."""
+    assert arch.detector is not None, f"{arch.name} has no detector"
+    return arch.detector
+
+
 def _backbone(blocks: Sequence[Op]) -> tuple[Op, ...]:
     """The blocks that do not belong to a classifier: all, if there is no classifier."""
     kept = [op for op in blocks if not op.pooled]

@@ -5,18 +5,20 @@ files, CIFAR-10 in torchvision's layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
 from hwnas.data.geometry import Geometry
 from hwnas.data.images import Batch, Images, Request, split_indices
 from hwnas.errors import DataError
+from hwnas.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CIFAR10_NAMES = (
     "airplane",
@@ -45,21 +47,22 @@ class ArrayImages(Images):
         config: DataConfig,
         augment: bool,
     ) -> None:
-        pixels = torch.from_numpy(np.ascontiguousarray(x_NHWC)).permute(0, 3, 1, 2)
-        if pixels.shape[1] == 1 and config.channels == 3:
-            pixels = pixels.expand(-1, 3, -1, -1)
-        if pixels.shape[1] != config.channels:
+        pixels = x_NHWC.transpose(0, 3, 1, 2)
+        channels = pixels.shape[1]
+        if channels == 1 and config.channels == 3:
+            pixels = np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:]))
+        elif channels != config.channels:
             raise DataError(
-                f"data {config.name!r} has {pixels.shape[1]} channels, but data.channels ="
-                f" {config.channels}: set it to {pixels.shape[1]}."
+                f"data {config.name!r} has {channels} channels, but data.channels ="
+                f" {config.channels}: set it to {channels}."
             )
-        self.pixels_NCHW = pixels.contiguous()
+        self.pixels_NCHW = np.ascontiguousarray(pixels)
         self.geometry = geometry = Geometry.of(config)
         self.resizing = geometry.words
         self.labels = labels.astype(np.int64)
         self.names = names
-        self.mean = torch.tensor(config.mean).view(1, -1, 1, 1)
-        self.std = torch.tensor(config.std).view(1, -1, 1, 1)
+        self.mean = config.mean
+        self.std = config.std
         self.augment = config.augment if augment else "none"
         if self.augment == "imagenet":
             raise DataError(
@@ -68,16 +71,18 @@ class ArrayImages(Images):
             )
 
     def __getitems__(self, requests: Sequence[Request]) -> Batch:
-        indices = torch.tensor([index for index, _ in requests])
-        x_NCHW = _scaled(self.pixels_NCHW[indices], self.geometry)
+        indices = [index for index, _ in requests]
+        x_NCHW = _scaled(torch.from_numpy(self.pixels_NCHW[indices]), self.geometry)
         if self.augment == "none":
             x_NCHW = self.geometry.cut(x_NCHW)
         else:
             # all requests of a batch have the same seed
             rng = np.random.default_rng(requests[0][1])
             x_NCHW = _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
-        normalised = (x_NCHW.float() / 255.0 - self.mean) / self.std
-        return normalised.contiguous(), torch.from_numpy(self.labels[indices.numpy()])
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        normalised = (x_NCHW.float() / 255.0 - mean) / std
+        return normalised.contiguous(), torch.from_numpy(self.labels[indices])
 
 
 def _scaled(pixels_NCHW: Tensor, geometry: Geometry) -> Tensor:
@@ -95,7 +100,7 @@ def _shifted(x_NCHW: Tensor, geometry: Geometry, flip: bool, rng: np.random.Gene
     """
     count, size, room = len(x_NCHW), geometry.resolution, geometry.room
     left, top = geometry.corner(x_NCHW)
-    padded = F.pad(x_NCHW, (room, room, room, room))
+    padded = torch.nn.functional.pad(x_NCHW, (room, room, room, room))
     downs, rights = torch.from_numpy(rng.integers(0, 2 * room + 1, size=(2, count)))
     flips = torch.zeros(count, dtype=torch.bool)
     if flip:

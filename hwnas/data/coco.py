@@ -29,15 +29,10 @@ import warnings
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL.Image import Image
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from hwnas import printable
 from hwnas.config import DataConfig
@@ -56,6 +51,14 @@ from hwnas.data.images import (
 )
 from hwnas.data.wording import listed, quoted, shown
 from hwnas.errors import DataError
+from hwnas.lazy import LazyModule, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+augmentations = LazyModule("hwnas.data.augmentations")
+tv_tensors = LazyModule("torchvision.tv_tensors")
+v2 = LazyModule("torchvision.transforms.v2")
 
 LARGEST = 4
 """Training shrinks images to at most this many times the network's input. A crop of 0.3
@@ -107,7 +110,7 @@ class CocoImages(Images):
         self.std = torch.tensor(config.std).view(1, -1, 1, 1)
         self.augment = config.augment if augment else "none"
 
-        crop_and_flip = [_Crop(), v2.RandomHorizontalFlip()]
+        crop_and_flip = [augmentations.SafeIoUCrop(), v2.RandomHorizontalFlip()]
         zoom_out = v2.RandomZoomOut(list(geometry.border))
         augmentation = {
             "ssd": [v2.RandomPhotometricDistort(), zoom_out, *crop_and_flip],
@@ -161,7 +164,9 @@ class CocoImages(Images):
             images.append(image)
             targets.append(target)
         x_NCHW = torch.stack(images).float().div_(255.0).sub_(self.mean).div_(self.std)
-        return x_NCHW, pad_sequence(targets, batch_first=True, padding_value=-1.0)
+        return x_NCHW, torch.nn.utils.rnn.pad_sequence(
+            targets, batch_first=True, padding_value=-1.0
+        )
 
     def _image(self, index: int, draw: int) -> tuple[Tensor, Tensor]:
         """One image uint8 [C, R, R], augmented, and its targets [objects, 5]."""
@@ -233,19 +238,6 @@ class CocoImages(Images):
                 }
             )
         return rows
-
-
-class _Crop(v2.RandomIoUCrop):  # type: ignore[misc]
-    """torchvision's ``RandomIoUCrop``, skipped for some images: it divides by zero if
-    they are smaller than 4 pixels, and tries hundreds of crops in vain if they have no
-    boxes.
-    """
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        image, boxes = flat_inputs[:2]
-        if len(boxes) and min(image.shape[-2:]) * self.min_scale >= 1:
-            return dict(super().make_params(flat_inputs))
-        return {}
 
 
 def coco(config: DataConfig, split: str, augment: bool) -> Images:
@@ -356,8 +348,8 @@ def _check_same_categories(annotations: Annotations, train: Annotations) -> None
     differing = annotations.categories.items() ^ train.categories.items()
     if differing:
         ids = sorted({category_id for category_id, _ in differing}, key=sort_key)
+        quoted_ids = listed([printable.quoted(key) for key in ids])
         raise DataError(
-            f"{annotations.path} and {train.path} differ in categories (ids"
-            f" {listed([printable.quoted(key) for key in ids])}), so classes would not agree: give both the"
-            " same list."
+            f"{annotations.path} and {train.path} differ in categories (ids {quoted_ids}), so"
+            " classes would not agree: give both the same list."
         )

@@ -14,13 +14,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from hwnas.config import DataConfig
 from hwnas.data import DATASETS, data_folder
-from hwnas.data.images import Images
 from hwnas.document import file_sha256
 from hwnas.errors import DataError
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.data.images import Images
 
 Part: TypeAlias = Literal["train", "test"]
 """What a stage reads: all training images (``train`` and ``held_out`` in the terms of

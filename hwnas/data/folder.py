@@ -11,24 +11,29 @@ read in the place of each. The test split goes without them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-import torch
 from PIL.Image import Image
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import is_image_file
-from torchvision.transforms import RandomResizedCrop, v2
-from torchvision.transforms.v2 import functional as F
 
 from hwnas.config import DataConfig
 from hwnas.data import data_folder
 from hwnas.data.decoding import decode
-from hwnas.data.geometry import MODES, Geometry
+from hwnas.data.geometry import Geometry
 from hwnas.data.images import Batch, Images, Request, are_skipped, read_instead, split_indices
 from hwnas.data.wording import counted, quoted, shown
 from hwnas.errors import DataError
+from hwnas.lazy import LazyModule, torch
+
+transforms = LazyModule("torchvision.transforms")
+v2 = LazyModule("torchvision.transforms.v2")
+F = LazyModule("torchvision.transforms.v2.functional")
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""What names of images end in, in any case: torchvision's ``IMG_EXTENSIONS``."""
 
 SYSTEM_FOLDERS = (
     "__MACOSX",
@@ -72,11 +77,17 @@ class FolderImages(Images):
         self.geometry = geometry = Geometry.of(config)
         self.resizing = geometry.words
         self.augment = config.augment if augment else "none"
-        self.normalised = v2.Compose(
+        self.mean = list(config.mean)
+        self.std = list(config.std)
+
+    @cached_property
+    def normalised(self) -> Any:
+        """The transform of a PIL image to a normalised tensor."""
+        return v2.Compose(
             [
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(list(config.mean), list(config.std)),
+                v2.Normalize(self.mean, self.std),
             ]
         )
 
@@ -120,19 +131,22 @@ class FolderImages(Images):
         Its aspect ratio is about 1, which with ``squash`` refers to the squashed image.
         """
         aspect = image.width / image.height if self.geometry.mode == "squash" else 1.0
-        area = RandomResizedCrop.get_params(image, [*AREA], [aspect * ratio for ratio in RATIO])
+        area = transforms.RandomResizedCrop.get_params(
+            image, [*AREA], [aspect * ratio for ratio in RATIO]
+        )
         crop: Image = F.resized_crop(
             image,
             *area,
             size=[self.geometry.resolution] * 2,
-            interpolation=MODES[self.geometry.interpolation],
+            interpolation=self.geometry.torchvision_interpolation,
             antialias=True,
         )
         return crop
 
 
-class Listed(ImageFolder):  # type: ignore[misc]
-    """The images in the folder ``part`` below ``data.path``, in torchvision's order.
+class Listed:
+    """The images in the folder ``part`` below ``data.path``, in the order of torchvision's
+    ``ImageFolder``: class by class, then folder by folder.
 
     ``classes`` are the names of the class folders; None: those on disk. Images of the part
     that are in ``skip`` are listed even if they do not exist.
@@ -142,9 +156,9 @@ class Listed(ImageFolder):  # type: ignore[misc]
         self, root: Path, part: str, classes: Sequence[str] | None, skip: Sequence[str] = ()
     ) -> None:
         self.part = str(root / part)
-        self.given = classes
-        super().__init__(self.part, is_valid_file=self._is_image, allow_empty=True)
-        self.names = tuple(self.classes)
+        names = class_folders(root / part) if classes is None else classes
+        self.names = tuple(names)
+        label_of_class = {name: label for label, name in enumerate(names)}
         self.notes: tuple[str, ...] = ()
         loose = loose_images(root / part)
         if loose:
@@ -154,13 +168,16 @@ class Listed(ImageFolder):  # type: ignore[misc]
             )
 
         above = len(self.part) - len(part)
-        label_of = {path[above:].replace(os.sep, "/"): label for path, label in self.samples}
+        label_of = {}
+        for name in sorted(label_of_class):
+            for path in self._images_of(name):
+                label_of[path[above:].replace(os.sep, "/")] = label_of_class[name]
         missing = {}
         for name in set(skip).difference(label_of):
             parts = PurePosixPath(name).parts
-            in_class = len(parts) > 2 and parts[0] == part and parts[1] in self.class_to_idx
+            in_class = len(parts) > 2 and parts[0] == part and parts[1] in label_of_class
             if in_class and self._is_image(str(root / name)):
-                missing[name] = self.class_to_idx[parts[1]]
+                missing[name] = label_of_class[parts[1]]
         label_of |= missing
 
         # torchvision lists class by class, and the files of one folder after another
@@ -172,14 +189,23 @@ class Listed(ImageFolder):  # type: ignore[misc]
         """Paths relative to ``data.path``."""
         self.labels = np.array([label_of[name] for name in self.files], dtype=np.int64)
 
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """The class folders, and their labels."""
-        classes = class_folders(Path(directory)) if self.given is None else [*self.given]
-        return classes, {name: label for label, name in enumerate(classes)}
+    def _images_of(self, name: str) -> Iterator[str]:
+        """The paths of the images of a class, in its folder and those below."""
+        folders = os.walk(f"{self.part}{os.sep}{name}", followlinks=True)
+        for folder, _, files in sorted(folders):
+            for file in sorted(files):
+                path = f"{folder}{os.sep}{file}"
+                if self._is_image(path):
+                    yield path
 
     def _is_image(self, path: str) -> bool:
         parts = path[len(self.part) + 1 :].replace(os.sep, "/").split("/")
-        return bool(is_image_file(path)) and not any(map(_is_hidden, parts))
+        return is_image_file(path) and not any(map(_is_hidden, parts))
+
+
+def is_image_file(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -16,24 +16,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from hwnas.config import DataConfig, Interpolation, Resize
+from hwnas.lazy import LazyModule
 
-Picture = TypeVar("Picture", Tensor, Image.Image)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+transforms = LazyModule("torchvision.transforms")
+F = LazyModule("torchvision.transforms.v2.functional")
+
+Picture = TypeVar("Picture", "Tensor", Image.Image)
 """A PIL image, a tensor [..., C, H, W], or torchvision's bounding boxes on their canvas."""
 
 CROP_FRACTION = 0.875
 """Default of ``crop``: 224 of 256 pixels, the usual evaluation of ImageNet."""
-
-MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
-"""Interpolation of the configuration -> torchvision's."""
 
 
 class Frame(NamedTuple):
@@ -113,6 +114,11 @@ class Geometry:
         top = round((size - scaled_height) / 2)
         return Frame(scaled_width, scaled_height, left, top)
 
+    @property
+    def torchvision_interpolation(self) -> Any:
+        """``interpolation`` as torchvision's ``InterpolationMode``."""
+        return transforms.InterpolationMode(self.interpolation)
+
     def scaled(self, image: Picture) -> Picture:
         """A whole image at the network's scale, with the border of ``pad``. With ``crop``
         it is larger than the network's input, else it is the input.
@@ -122,7 +128,7 @@ class Geometry:
         scaled: Picture = F.resize(
             image,
             [frame.height, frame.width],
-            interpolation=MODES[self.interpolation],
+            interpolation=self.torchvision_interpolation,
             antialias=True,
         )
         if self.mode != "pad":

@@ -10,12 +10,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from hwnas.config import DataConfig
 from hwnas.data import DATASETS
@@ -23,8 +20,12 @@ from hwnas.data.geometry import Geometry
 from hwnas.errors import DataError
 from hwnas.failures import is_out_of_memory
 from hwnas.interruption import ignore_in_loader
+from hwnas.lazy import torch
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch: TypeAlias = "tuple[Tensor, Tensor]"
 """Normalised images float32 [N, C, H, W] and labels int64 [N]; for detection, boxes
 float32 [N, M, 5] (see ``data/coco.py``).
 """
@@ -33,8 +34,8 @@ Request: TypeAlias = tuple[int, int]
 """(image index, seed of the augmentation); without augmentation, the seed is ignored."""
 
 
-class Images(Dataset[Batch]):
-    """A split of a data set. Subclasses read and augment the images.
+class Images:
+    """A split of a data set, for a ``DataLoader``. Subclasses read and augment the images.
 
     ``labels`` is int64 [N], and ``names`` holds the class names. For detection, where
     an image has any number of objects, ``labels`` is int64 [objects], and subclasses
@@ -195,7 +196,7 @@ class _Stream:
         return len(self.steps)
 
 
-class _Carrying(Dataset[Any]):
+class _Carrying:
     """Returns errors that users read, instead of raising them: raised in a worker
     process, they would arrive wrapped in that process's traceback.
     """
@@ -221,8 +222,8 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Iterator[Batch]:
-    loader: DataLoader[Any] = DataLoader(
-        _Carrying(images),
+    loader: Iterable[Batch | DataError | MemoryError] = torch.utils.data.DataLoader(
+        _Carrying(images),  # type: ignore[arg-type]  # torch needs no more than its methods
         batch_sampler=sampler,
         collate_fn=_unchanged,
         num_workers=workers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,10 +17,13 @@ from hwnas.data import DATASETS, data_folder
 from hwnas.data.coco import training_categories
 from hwnas.data.decoding import Examined
 from hwnas.data.examination import examine_all
-from hwnas.data.images import Images, are_skipped, check_images
+from hwnas.data.images import are_skipped, check_images
 from hwnas.data.wording import counted, listed, quoted, shown
 from hwnas.errors import ConfigError, DataError, DataProblemsError
 from hwnas.progress import Progress
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.data.images import Images
 
 PARTS = {"train": "all", "test": "test"}
 """The parts of a data set, and the split that holds all images of each."""

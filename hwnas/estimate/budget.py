@@ -12,7 +12,7 @@ from hwnas.core.search_space import SearchSpace
 from hwnas.core.table import Entry, LatencyTable, TableHeader
 from hwnas.devices.simulated import simulated_ms
 from hwnas.errors import HwnasError
-from hwnas.search import stage
+from hwnas.search import settings
 from hwnas.search.proposal import sample_feasible
 from hwnas.search.strategy import SearchContext
 
@@ -60,7 +60,7 @@ def search_context(
         }
         search = experiment.search.model_copy(update=relative)
         experiment = experiment.model_copy(update={"search": search})
-    return experiment, stage.search_context(experiment, space, table or stand_in(space))
+    return experiment, settings.search_context(experiment, space, table or stand_in(space))
 
 
 def sampled(experiment: Experiment, space: SearchSpace, table: LatencyTable | None) -> Picks:

@@ -22,10 +22,12 @@ from hwnas.estimate.budget import search_context
 from hwnas.estimate.context import Context
 from hwnas.estimate.parts import Part, Stopwatch, TimeEstimate, peak_memory
 from hwnas.nn.bn import recalibrate
-from hwnas.search import STRATEGIES, stage
+from hwnas.search import STRATEGIES
 from hwnas.search.evaluator import KEPT_BYTES, SupernetEvaluator, to_network_input
 from hwnas.search.proposal import sample_feasible
 from hwnas.search.random_baseline import choose_random_baseline, image_counts
+from hwnas.search.searching import Prepared, prepare, with_space_resolution
+from hwnas.search.settings import search_finder
 from hwnas.search.strategy import SearchContext, Strategy
 from hwnas.search.supernets import cost_counter_of, load_trained_supernet
 
@@ -74,13 +76,13 @@ def of_search(ctx: Context) -> TimeEstimate:
             unknown=f"a super-net of {weights / 1e6:.0f} M weights is not built for a plan"
         )
     experiment, search = search_context(ctx.experiment, space, ctx.table)
-    experiment = stage.with_space_resolution(experiment, space)
+    experiment = with_space_resolution(experiment, space)
     if config.weights is not None:
         evaluator = SupernetEvaluator(load_trained_supernet(config, space), experiment)
         search.cost_counter = cost_counter_of(config, evaluator.supernet)
         return _of_finding(experiment, search, evaluator, None)
 
-    prepared = stage.prepare(experiment, space, search, ctx.folder("search"))
+    prepared = prepare(experiment, space, search, ctx.folder("search"))
     per_step, macs_per_step = _time_steps(prepared, ctx.watch)
     # Pretend that the search has trained to its end: its cost decides how many random
     # architectures are scored.
@@ -101,7 +103,7 @@ def of_search(ctx: Context) -> TimeEstimate:
 class _Steps:
     """Runs any steps of a search; ``numbers`` are those it has run."""
 
-    def __init__(self, prepared: stage.Prepared) -> None:
+    def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self.numbers: list[int] = []
 
@@ -111,7 +113,7 @@ class _Steps:
         self.numbers.append(number)
 
 
-def _time_steps(prepared: stage.Prepared, watch: Stopwatch) -> tuple[float, float]:
+def _time_steps(prepared: Prepared, watch: Stopwatch) -> tuple[float, float]:
     """Mean seconds and mean multiply-accumulates of a step, over all phases of a
     strategy, weighted by their lengths.
     """
@@ -185,7 +187,7 @@ def _of_finding(
     search.rng = np.random.default_rng([experiment.seed, search.steps])
 
     # Propose as the search will, but without the time that evaluating takes.
-    finder = stage.search_finder(config)
+    finder = search_finder(config)
     proposals: list[Picks] = []
     if finder is not None:
         proposals = finder.find(search, config.candidates)

@@ -10,7 +10,7 @@ from hwnas.estimate.searching import checkpoints
 from hwnas.nn.network import Network
 from hwnas.runs import StageContext
 from hwnas.task import EvaluationSettings, evaluate, task_of
-from hwnas.train import stage
+from hwnas.train import training
 
 STEPS = 0.15
 """Fraction of the stopwatch's seconds for timing training steps."""
@@ -30,27 +30,27 @@ def of_training(ctx: Context) -> TimeEstimate:
     from_scratch = {"weights": "scratch", "backbone": None}
     train = ctx.experiment.train.model_copy(update=from_scratch)
     experiment = ctx.experiment.model_copy(update={"train": train})
-    training = stage.begin(StageContext(experiment, folder, folder), arch)
-    engine = training.engine
+    run = training.begin(StageContext(experiment, folder, folder), arch)
+    engine = run.engine
 
     def step() -> None:
-        training.step(engine.step)
+        run.step(engine.step)
         engine.step += 1
 
     per_step = watch.mean([step] * min(MOST_STEPS, engine.steps), STEPS)
     steps = Part("training", engine.steps, per_step)
     saving, checkpoint_bytes = checkpoints(engine, steps, experiment.checkpoint_seconds, watch)
 
-    ctx.test_images = len(training.test)
+    ctx.test_images = len(run.test)
     count = min(TESTED, ctx.test_images)
     network = engine.ema_model
     assert isinstance(network, Network)
     settings = EvaluationSettings(experiment.train.batch_size, count, experiment.data.workers)
-    seconds = watch.once(lambda: evaluate(task_of(experiment), network, training.test, settings))
+    seconds = watch.once(lambda: evaluate(task_of(experiment), network, run.test, settings))
     per_image = seconds / count
 
     parts = [steps, saving]
-    validation = training.validation
+    validation = run.validation
     if validation.due:
         per_point = validation.limit * per_image
         parts.append(Part("validation curve", len(validation.due), per_point))

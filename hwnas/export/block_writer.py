@@ -19,11 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from hwnas.core.detector import CODE_SIZE
 from hwnas.core.graph import Step, used_steps
 from hwnas.core.ir import INPUT, POOLS, Node, Program
 from hwnas.core.ops import Op
+from hwnas.core.ssdlite import detector_of
 from hwnas.errors import ExportError
-from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
+from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import Network
 
 V = TypeVar("V")

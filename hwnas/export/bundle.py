@@ -27,7 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import (
@@ -42,7 +42,6 @@ from hwnas.config import DataConfig, Format, Interpolation, Resize
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.core.metric import ACCURACY, AP
-from hwnas.data.images import Images
 from hwnas.document import Document, Record, file_sha256, read_bytes, write_atomic
 from hwnas.errors import DocumentError, ExportError
 from hwnas.export.interface import Interface
@@ -52,6 +51,9 @@ from hwnas.export.quantization import first_line
 from hwnas.export.score_calibration import Transformation
 from hwnas.export.target import Target, target
 from hwnas.task import Output, Parity, Task, task_named
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.data.images import Images
 
 PARITY_FILE = "parity.npz"
 

@@ -9,7 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
+from hwnas.core.detector import CODE_SIZE
+from hwnas.core.ssdlite import detector_of
+from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.ssd import default_boxes
 
 CODE_SCALES = (10.0, 10.0, 5.0, 5.0)

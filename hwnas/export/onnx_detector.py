@@ -17,12 +17,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from hwnas.core.detector import PostProcessing
+from hwnas.core.ssdlite import detector_of
 from hwnas.errors import ExportError
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres, columns
 from hwnas.export.names import CHOSEN, DETECTIONS, IMAGE
 from hwnas.export.onnx_writer import OnnxWriter
 from hwnas.export.post_processing import BOX, NMS_COLUMNS
-from hwnas.nn.detector import DetectionNetwork, detector_of
+from hwnas.nn.detector import DetectionNetwork
 
 
 def add_decoding(network: DetectionNetwork, metadata: Mapping[str, str]) -> bytes:

@@ -27,11 +27,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from hwnas import __version__
+from hwnas.core.detector import JOINED
 from hwnas.core.ir import Node
 from hwnas.core.ops import Op
 from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
-from hwnas.nn.detector import JOINED
 from hwnas.nn.network import Network
 
 OPSET = 18

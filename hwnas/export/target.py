@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from hwnas.core.detector import PostProcessing
 from hwnas.errors import ConfigError, ExportError
 from hwnas.export.interface import Interface
 from hwnas.export.metadata import ModelCard
-from hwnas.nn.network import Network
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.nn.network import Network
 
 Graph = Literal["decoded", "nms", "tasks"]
 """What the graph of a detector's file includes; see ``post_processing``."""

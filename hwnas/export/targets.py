@@ -7,26 +7,31 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hwnas.export import (
-    block_writer,
-    onnx_detector,
-    onnx_interface,
-    onnx_writer,
-    quantization,
-    tflite_detector,
-    tflite_file,
-    tflite_interface,
-    tflite_writer,
-)
+from hwnas.export import onnx_interface, quantization, tflite_file, tflite_interface
 from hwnas.export.metadata import with_metadata
-from hwnas.export.onnx_writer import write_onnx
 from hwnas.export.quantization import quantize_int8, quantize_int8_uncalibrated
 from hwnas.export.target import Graph, Target, Trained
-from hwnas.export.tflite_writer import write_heads, write_tflite
-from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.network import Network
+from hwnas.lazy import LazyModule
+
+if TYPE_CHECKING:
+    from hwnas.export import (
+        block_writer,
+        onnx_detector,
+        onnx_writer,
+        tflite_detector,
+        tflite_writer,
+    )
+    from hwnas.nn import detector
+    from hwnas.nn.network import Network
+else:  # see hwnas/lazy.py: a target's name and file are known without PyTorch
+    block_writer = LazyModule("hwnas.export.block_writer")
+    onnx_detector = LazyModule("hwnas.export.onnx_detector")
+    onnx_writer = LazyModule("hwnas.export.onnx_writer")
+    tflite_detector = LazyModule("hwnas.export.tflite_detector")
+    tflite_writer = LazyModule("hwnas.export.tflite_writer")
+    detector = LazyModule("hwnas.nn.detector")
 
 
 class _TFLite(Target):
@@ -46,21 +51,23 @@ class _TFLite(Target):
             # shared by the plain file and the one with NMS, which differ only after it
             lambda: trained.interface.around(self._network(trained), "litert"),
         )
-        if isinstance(trained.network, DetectionNetwork):
+        if isinstance(trained.network, detector.DetectionNetwork):
             return self._detector(model, trained.network, trained)
         return with_metadata(model, trained.card)
 
     def _network(self, trained: Trained) -> bytes:
         network = trained.network
-        if isinstance(network, DetectionNetwork):
-            return self.typed(write_heads(network), trained)
-        return self.typed(write_tflite(network), trained)
+        if isinstance(network, detector.DetectionNetwork):
+            return self.typed(tflite_writer.write_heads(network), trained)
+        return self.typed(tflite_writer.write_tflite(network), trained)
 
     @abstractmethod
     def typed(self, model: bytes, trained: Trained) -> bytes:
         """Convert a float32 file to the number format of this target."""
 
-    def _detector(self, heads: bytes, network: DetectionNetwork, trained: Trained) -> bytes:
+    def _detector(
+        self, heads: bytes, network: detector.DetectionNetwork, trained: Trained
+    ) -> bytes:
         if self.graph == "tasks":
             model = tflite_detector.tasks(heads, network, trained.post_processing)
             return with_metadata(model, replace(trained.card, output="tasks"))
@@ -84,7 +91,7 @@ class _TFLite(Target):
         ops = network.arch.ops()
         if len(ops) == 1:
             return tflite_writer.write_op(ops[0], network.blocks[0])
-        return write_tflite(network)
+        return tflite_writer.write_tflite(network)
 
 
 class TFLiteFloat(_TFLite):
@@ -151,9 +158,9 @@ class Onnx(Target):
 
     def _network(self, network: Network) -> bytes:
         metadata = {"architecture": network.arch.to_json()}
-        if isinstance(network, DetectionNetwork):
+        if isinstance(network, detector.DetectionNetwork):
             return onnx_detector.add_decoding(network, metadata)
-        return write_onnx(network, metadata)
+        return onnx_writer.write_onnx(network, metadata)
 
     def network_alone(self, model: bytes, *, detector: bool) -> bytes | None:
         """Remove the interface. Not possible for detectors."""
@@ -166,7 +173,7 @@ class Onnx(Target):
         ops = network.arch.ops()
         if len(ops) == 1:
             return onnx_writer.write_op(ops[0], network.blocks[0])
-        return write_onnx(network)
+        return onnx_writer.write_onnx(network)
 
 
 class OnnxNMS(Onnx):

@@ -25,12 +25,13 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
-from hwnas.core.detector import PostProcessing
+from hwnas.core.detector import CODE_SIZE, PostProcessing
+from hwnas.core.ssdlite import detector_of
 from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
 from hwnas.export.names import DETECTIONS, TASK_OUTPUTS
 from hwnas.export.tflite_file import TFLiteGraph
 from hwnas.export.tflite_interface import network_alone
-from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
+from hwnas.nn.detector import DetectionNetwork
 
 _SCOPE = "decode."
 """Prefix of the names of everything after the network."""

@@ -26,8 +26,8 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from hwnas import __version__
+from hwnas.core.detector import JOINED
 from hwnas.errors import ExportError
-from hwnas.nn.detector import JOINED
 
 LIMIT_BYTES = 2**31
 """Offsets in a flatbuffer are signed 32-bit numbers. TFLite refuses files of this size.

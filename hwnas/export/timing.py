@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from hwnas import __version__
 from hwnas.cache import cache_folder, is_intact, private_folder, write_verified
@@ -22,9 +21,15 @@ from hwnas.devices.device import connect, find_device
 from hwnas.devices.session import Bench
 from hwnas.document import content_sha256, file_sha256
 from hwnas.export.target import Target, timing_target
-from hwnas.nn import blocks, detector, network
-from hwnas.nn.network import network_of
+from hwnas.lazy import LazyModule, torch
 from hwnas.progress import Progress
+
+if TYPE_CHECKING:
+    from hwnas.nn import blocks, detector, network
+else:  # see hwnas/lazy.py
+    blocks = LazyModule("hwnas.nn.blocks")
+    detector = LazyModule("hwnas.nn.detector")
+    network = LazyModule("hwnas.nn.network")
 
 
 def timing_file(
@@ -45,8 +50,8 @@ def timing_file(
     private_folder(path.parent)
     if not is_intact(path):
         generator = torch.Generator().manual_seed(0)
-        network = network_of(_architecture(timed), generator=generator).eval()
-        write_verified(path, timing_target(runtime, dtype).timing_file(network))
+        timed_network = network.network_of(_architecture(timed), generator=generator).eval()
+        write_verified(path, timing_target(runtime, dtype).timing_file(timed_network))
     return path
 
 

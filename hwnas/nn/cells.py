@@ -30,13 +30,14 @@ from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.cell_steps import NONE, CellStep
 from hwnas.core.cells import CellSpace
+from hwnas.core.gates import Gates, Probes
 from hwnas.core.ops import Pool
 from hwnas.core.space import Option
 from hwnas.errors import ConfigError
 from hwnas.nn.blocks import build, initialise
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.gates import is_number, option_weights, weighted
-from hwnas.nn.shared import Gates, Probes, Supernet, check_proxy_resolution, resized, resolve_config
+from hwnas.nn.shared import Supernet, check_proxy_resolution, resized, resolve_config
 
 UNSUPPORTED = {"channels": "first", "operation_on": "node", "wsbn": False, "path_dropout": 0.0}
 """Settings about weight sharing between options, which cells do not have, with the

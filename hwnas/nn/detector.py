@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
-from hwnas.core.detector import Detector, Scores
+from hwnas.core.detector import CODE_SIZE, JOINED, Scores
+from hwnas.core.ssdlite import detector_of
 from hwnas.nn.blocks import build, initialise
 
 Outputs = tuple[Tensor, Tensor]
@@ -18,12 +19,6 @@ Outputs = tuple[Tensor, Tensor]
 4]. Anchors are ordered by feature map, then by row, then by cell.
 """
 
-CODE_SIZE = 4
-"""Numbers that encode a box."""
-JOINED = 4
-"""Feature maps whose predictions are joined by one concatenation. XNNPACK, which runs
-LiteRT's files, joins at most five tensors; more go to slower kernels.
-"""
 PREDICTOR_STD = 0.03
 """Standard deviation of the initial weights of extras and predictors."""
 RARE_CLASS_BIAS = -4.6
@@ -123,9 +118,3 @@ def initialise_detector(
     if scores == "sigmoid":
         for head in heads:
             head.get_submodule("classes.predict.conv").get_parameter("bias").fill_(RARE_CLASS_BIAS)
-
-
-def detector_of(arch: Architecture) -> Detector:
-    """The detector of an architecture that has one."""
-    assert arch.detector is not None, f"{arch.name} has no detector"
-    return arch.detector

@@ -20,14 +20,9 @@ from hwnas.config import SupernetConfig
 from hwnas.core.ir import INPUT, Node
 from hwnas.core.ops import ExtraLayer, Op, SSDPredictor
 from hwnas.core.space import MacroSpace
+from hwnas.core.ssdlite import detector_of
 from hwnas.nn.blocks import place
-from hwnas.nn.detector import (
-    DetectionNetwork,
-    Outputs,
-    detector_of,
-    initialise_detector,
-    predictions_of,
-)
+from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector, predictions_of
 from hwnas.nn.elastic import ElasticConv, Sharing
 from hwnas.nn.elastic_head import ElasticHead, Maps
 from hwnas.nn.slot import fitted

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture, Picks
+from hwnas.core.gates import Gates, Probes
 from hwnas.core.space import Option, SearchSpace
 from hwnas.nn.detector import Outputs
 from hwnas.nn.network import Network, network_of
-from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
+from hwnas.nn.shared import GatedNetworks, resized
 
 
 class IndependentNetworks(GatedNetworks):

@@ -19,20 +19,13 @@ from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.gates import Gates, Probes
 from hwnas.core.space import Option, SearchSpace, Slot
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import save_tensors_atomically
 from hwnas.nn.detector import Outputs
 from hwnas.nn.network import Network
 from hwnas.nn.transfer import Transferred
-
-Gates = Mapping[str, Any]
-"""Choice key -> weight vector [options], numpy or torch. Options at zero are not
-executed.
-"""
-
-Probes = Mapping[str, Sequence[int]]
-"""Choice key -> positions of options with weight zero that need a gradient anyway."""
 
 
 class GatedNetworks(nn.Module, ABC):

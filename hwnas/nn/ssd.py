@@ -28,8 +28,9 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from hwnas.core.arch import Architecture
-from hwnas.core.detector import PostProcessing
-from hwnas.nn.detector import CODE_SIZE, Outputs, detector_of
+from hwnas.core.detector import CODE_SIZE, PostProcessing
+from hwnas.core.ssdlite import detector_of
+from hwnas.nn.detector import Outputs
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.75, 2.0
 

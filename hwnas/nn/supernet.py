@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.cells import CellSpace
+from hwnas.core.gates import Gates, Probes
 from hwnas.core.ops import Op
 from hwnas.core.option import SKIP
 from hwnas.core.space import MacroSpace, Option, SearchSpace, Slot
@@ -48,7 +49,7 @@ from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
 from hwnas.nn.gates import differentiable, is_number, option_weights
 from hwnas.nn.network import Network, network_of
-from hwnas.nn.shared import Gates, Probes, Supernet, check_proxy_resolution, resized, resolve_config
+from hwnas.nn.shared import Supernet, check_proxy_resolution, resized, resolve_config
 from hwnas.nn.slot import ElasticSlot, RunOptions, Width, skips, slot_gates
 from hwnas.nn.transfer import Transferred
 

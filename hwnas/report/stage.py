@@ -52,6 +52,7 @@ class Report(Stage):
     name = "report"
     result = "report.html"
     outputs = ["report.html"]
+    runs_networks = False
 
     def inputs(self) -> dict[str, str]:
         """The documents that exist, and the configuration."""

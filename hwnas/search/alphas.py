@@ -5,14 +5,16 @@ whose softmax is the policy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hwnas.core.space import SearchSpace
 from hwnas.errors import SpaceError
+from hwnas.lazy import torch
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from torch import Tensor
 
 
 def refuse_resolutions(space: SearchSpace, strategy: str) -> None:

@@ -20,18 +20,16 @@ count separately, and slots or pixels that ``supernet.proxy_depth`` or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Picks
+from hwnas.core.gates import Gates, Probes
 from hwnas.core.space import SearchSpace
-
-if TYPE_CHECKING:  # results hold costs, and must be readable without importing torch
-    from hwnas.nn.shared import Gates, Probes
-    from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
+from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
 
 FORWARD = 1
 """Cost of a forward pass: the unit of costs."""

@@ -46,21 +46,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
 
 from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.core.objective import penalised
 from hwnas.core.space import SearchSpace
+from hwnas.lazy import torch
 from hwnas.search.alphas import Alphas, refuse_resolutions
 from hwnas.search.genotype import all_edges, any_pair, derive_cell
 from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from torch import Tensor
 
 
 class DARTSConfig(Section):

@@ -20,14 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import singledispatch
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hwnas.core.cell_steps import NONE, edge_key, sources_of
 from hwnas.core.cells import CellSpace
 from hwnas.core.search_space import SearchSpace
+from hwnas.lazy import torch
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from torch import Tensor
 
 Policy = Mapping[str, np.ndarray]
 """Choice key -> probabilities [options] of independent choices."""

@@ -54,13 +54,13 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import BaseModel, Field, model_validator
 
 from hwnas.core.arch import Picks
 from hwnas.core.limits import Compiled, Limits
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
+from hwnas.lazy import torch
 from hwnas.search.darts import DARTS, DARTSConfig
 from hwnas.search.proposal import propose_feasible
 from hwnas.search.skips import count_of_skips, published_skip_limit, with_few_skips

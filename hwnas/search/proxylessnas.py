@@ -69,21 +69,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
 
 from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.core.objective import add_linear, mul_log, penalised, proxylessnas_reward
 from hwnas.core.option import SKIP
 from hwnas.core.space import SearchSpace
+from hwnas.lazy import torch
 from hwnas.search.alphas import Alphas, refuse_resolutions
 from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from torch import Tensor
 
 JOINT_EPOCHS = 120
 """The paper's epochs of joint training; alpha is not updated in the first of them."""
@@ -161,7 +163,6 @@ def softmax_over(alpha: Tensor, running: Sequence[int]) -> Tensor:
     return torch.softmax(alpha.masked_fill(not_running, -torch.inf), 0)
 
 
-@torch.no_grad()
 def keep_mass(alpha: Tensor, before: Tensor, running: Sequence[int]) -> None:
     """Shift the alphas of ``running`` in place so that their total probability is the
     same as under ``before``; then the probabilities of all other options are as well.
@@ -170,7 +171,8 @@ def keep_mass(alpha: Tensor, before: Tensor, running: Sequence[int]) -> None:
     ``running``. No other alpha may have changed since ``before``.
     """
     index = list(running)
-    alpha[index] -= torch.logsumexp(alpha[index], 0) - torch.logsumexp(before[index], 0)
+    with torch.no_grad():
+        alpha[index] -= torch.logsumexp(alpha[index], 0) - torch.logsumexp(before[index], 0)
 
 
 class ProxylessNAS(Strategy):

@@ -18,15 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hwnas.core.arch import Picks
 from hwnas.progress import duration
 from hwnas.search.cost_counter import CostCounter
-from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import sample_feasible
 from hwnas.search.strategy import SearchContext
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.search.evaluator import SupernetEvaluator
 
 SHARE = 0.2
 """Ranking and scoring may cost this fraction of the search."""

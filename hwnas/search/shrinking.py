@@ -60,7 +60,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -70,10 +70,11 @@ from hwnas.core.arch import Picks
 from hwnas.core.option import SKIP
 from hwnas.core.space import Choice, SearchSpace
 from hwnas.errors import SpaceError
-from hwnas.nn.supernet import Supernet
 from hwnas.progress import Progress
-from hwnas.search.angle import Angles
-from hwnas.search.evaluator import SupernetEvaluator
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.nn.supernet import Supernet
+    from hwnas.search.evaluator import SupernetEvaluator
 
 Operator = tuple[str, str]
 """The key of a choice, and one of its options."""
@@ -152,6 +153,8 @@ class Angle(SampledMetric):
 
     def child(self, context: MetricContext) -> Callable[[Picks], float]:
         """See ``hwnas.search.angle``."""
+        from hwnas.search.angle import Angles
+
         assert context.initial is not None and context.trained is not None
         return Angles(context.initial, context.trained).of
 

@@ -11,23 +11,25 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from hwnas.core.arch import Picks
 from hwnas.core.cost import CostModel
+from hwnas.core.gates import Gates, Probes
 from hwnas.core.limits import Limits
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
 from hwnas.core.space import SearchSpace
-from hwnas.nn.supernet import Gates, Probes
+from hwnas.lazy import torch
 from hwnas.old_names import accept_old_names
 from hwnas.progress import Progress
 from hwnas.search.cost_counter import CostCounter
 from hwnas.search.verbs import Evaluator, Metrics, SharedWeights
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from torch import Tensor
 
 OLD_NAMES = {
     "alone": "standalone",

@@ -4,13 +4,10 @@ its cost.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from hwnas.config import Experiment, SearchConfig, SupernetConfig
 from hwnas.core.space import SearchSpace
-from hwnas.document import user_path
 from hwnas.engine import best_device
 from hwnas.errors import ConfigError
 from hwnas.nn.independent import IndependentNetworks
@@ -18,9 +15,7 @@ from hwnas.nn.shared import GatedNetworks
 from hwnas.nn.supernet import SUPERNETS, Supernet, load_supernet, make_supernet
 from hwnas.search.cost_counter import CostCounter
 from hwnas.search.strategy import Strategy
-
-SUPERNET_FILE = "shared.safetensors"
-"""The file of the whole trained super-net, which other runs load by ``search.weights``."""
+from hwnas.search.supernet_file import supernet_path
 
 
 def supernet_of(experiment: Experiment, space: SearchSpace, strategy: Strategy) -> GatedNetworks:
@@ -42,27 +37,6 @@ def cost_counter_of(config: SearchConfig, supernet: GatedNetworks) -> CostCounte
         supernet.proxies,
         config.batch_size,
         config.recalibration_images + config.evaluation_images,
-    )
-
-
-def supernet_path(folder: str, key: str = "search.weights") -> Path:
-    """The super-net file of an earlier run. ``folder`` is the run's folder or its search
-    folder; the configuration's ``key`` has named it.
-
-    Raises ConfigError if there is no such file.
-    """
-    root = user_path(folder, key)
-    if not root.is_dir():
-        raise ConfigError(
-            f"{key} = {folder!r} is not a folder: name the folder of a finished run that trained a"
-            " super-net."
-        )
-    for path in (root / SUPERNET_FILE, root / "search" / SUPERNET_FILE):
-        if path.is_file():
-            return path
-    raise ConfigError(
-        f"{key} = {folder!r} has no {SUPERNET_FILE}: name the search folder of a finished run that"
-        " trained a super-net."
     )
 
 

@@ -51,19 +51,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-import torch
 from pydantic import BaseModel, Field, model_validator
-from torch import Tensor
 
 from hwnas.config import Section
 from hwnas.core.arch import Picks
 from hwnas.core.option import Factors, factorise
 from hwnas.core.space import Choice, SearchSpace
+from hwnas.lazy import torch
 from hwnas.search.proposal import propose_feasible
 from hwnas.search.strategy import Metrics, SearchContext, Strategy
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from torch import Tensor
 
 FILTER_AXES = ("expansion", "width")
 """Axes with filter warm-up (the largest option). All other axes (kernel, skip, SE,

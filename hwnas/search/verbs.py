@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from hwnas.core.arch import Picks
-from hwnas.nn.shared import Gates, Probes
+from hwnas.core.gates import Gates, Probes
 
 Metrics = dict[str, float]
 

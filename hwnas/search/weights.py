@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from hwnas.config import DataConfig
 from hwnas.core.arch import Picks
+from hwnas.core.gates import Gates, Probes
 from hwnas.data.images import Batch, Images, training_batches
 from hwnas.engine import Criterion, Engine, Microbatch
 from hwnas.nn.network import Network
-from hwnas.nn.shared import GatedNetworks, Gates, Probes, resized
+from hwnas.nn.shared import GatedNetworks, resized
 from hwnas.nn.unrolled import Loss, SGDStep, unrolled_gate_gradients
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.verbs import Metrics

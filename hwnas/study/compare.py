@@ -63,11 +63,12 @@ from hwnas.core.table import LatencyTable
 from hwnas.document import explain, merged, user_path, write_atomic
 from hwnas.errors import ConfigError, HwnasError
 from hwnas.runs import StageContext
-from hwnas.search import stage as search_stage
+from hwnas.search import searching
 from hwnas.search.cost_counter import GRADIENT
 from hwnas.search.proposal import is_feasible, sample_feasible
 from hwnas.search.result import SearchResult
-from hwnas.search.stage import search_context, search_finder
+from hwnas.search.settings import search_context, search_finder
+from hwnas.search.stage import outputs
 from hwnas.search.strategy import SearchContext
 from hwnas.study import metrics
 from hwnas.study.documents import (
@@ -308,11 +309,11 @@ def run_search(ctx: StageContext, space: SearchSpace, table: LatencyTable | None
     searched = all((ctx.folder / name).exists() for name in ("arch.json", "search.json"))
     interrupted = searched or any(ctx.folder.glob("*.pt"))
     if not searched:
-        search_stage.run(ctx, space, table)
+        searching.run(ctx, space, table)
     # This process has timed only the last part of a resumed search, so no time is reported.
     seconds = None if interrupted else round(time.process_time() - started, 1)
     write_atomic(ctx.folder / "seconds.json", json.dumps({"cpu_seconds": seconds}).encode())
-    for name in search_stage.outputs(ctx.experiment.search):
+    for name in outputs(ctx.experiment.search):
         if name not in SEARCH_FILES:
             (ctx.folder / name).unlink(missing_ok=True)
 

@@ -47,6 +47,8 @@ from hwnas.runs import StageContext
 from hwnas.search import SHRINK_METRICS, STRATEGIES
 from hwnas.search.alphas import Alphas, refuse_resolutions
 from hwnas.search.evaluator import EVALUATIONS, SupernetEvaluator
+from hwnas.search.searching import prepare
+from hwnas.search.settings import search_strategy
 from hwnas.search.shrinking import (
     MetricContext,
     Scores,
@@ -57,9 +59,8 @@ from hwnas.search.shrinking import (
     select_drops,
     shrinkable,
 )
-from hwnas.search.stage import prepare, search_strategy
 from hwnas.search.strategy import Metrics, SearchContext
-from hwnas.search.supernets import SUPERNET_FILE
+from hwnas.search.supernet_file import SUPERNET_FILE
 from hwnas.study.documents import ShrinkPath, ShrinkStep
 from hwnas.study.supernets import base_step, saving_at
 from hwnas.task import task_of

@@ -17,9 +17,10 @@ from hwnas.nn.shared import GatedNetworks
 from hwnas.runs import StageContext
 from hwnas.search import STRATEGIES
 from hwnas.search.result import SearchResult
-from hwnas.search.stage import prepare, search_context, search_strategy
+from hwnas.search.searching import prepare
+from hwnas.search.settings import search_context, search_strategy
 from hwnas.search.strategy import Metrics
-from hwnas.search.supernets import SUPERNET_FILE, supernet_path
+from hwnas.search.supernet_file import SUPERNET_FILE, supernet_path
 from hwnas.task import task_of
 
 EVAL_ONLY_KEYS = (

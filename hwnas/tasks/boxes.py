@@ -12,16 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
+from hwnas.core.metric import AP, OF_LOSS
+from hwnas.core.search_space import SearchSpace
 from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import CocoMetrics, evaluate
 from hwnas.data.images import Batch, Images, evaluation_batches, evaluation_order
+from hwnas.engine import Criterion
+from hwnas.errors import ConfigError
+from hwnas.export.detector import Decoded
 from hwnas.export.post_processing import READERS, DetectionArrays, iou
 from hwnas.nn.detector import DetectionNetwork, Outputs
+from hwnas.nn.network import Network
 from hwnas.nn.ssd import DetectionLoss, Detections, PostProcessor
-from hwnas.task import Answers, FileAnswers, Parity
+from hwnas.task import (
+    Answers,
+    EvaluationResult,
+    EvaluationSettings,
+    FileAnswers,
+    Parity,
+    SearchQuality,
+)
+from hwnas.tasks.losses import of_loss, of_mean_loss
 
+BATCH = 16
+"""Batch size of PyTorch's detections for a bundle."""
 BEST = 10
 """The best detections of PyTorch per image that a file with NMS in its graph must
 match.
@@ -74,6 +91,50 @@ def detections(
         outputs = network(x_NCHW.to(device, memory_format=torch.channels_last))
         per_image += post_processor(outputs)
     return [_to_cpu(image) for image in per_image]
+
+
+def evaluate_detector(
+    network: DetectionNetwork,
+    images: CocoImages,
+    config: PostProcessing,
+    settings: EvaluationSettings,
+) -> EvaluationResult:
+    """COCO's metrics, the AP of each class, and the detections by image index."""
+    detected = detect(
+        network,
+        images,
+        config,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        workers=settings.workers,
+    )
+    if settings.limit is not None:
+        # some of the images may have no object between them, which leaves AP undefined
+        labels = images.labels_of(evaluation_order(images, settings.limit))
+        if len(labels) == 0:
+            return EvaluationResult({AP: None}, answers=detected)
+    coco = average_precision(images, detected)
+    return EvaluationResult(coco.by_name, dict(coco.AP_per_class), detected)
+
+
+@torch.inference_mode()
+def torch_rows(network: DetectionNetwork, images_NHWC: np.ndarray) -> np.ndarray:
+    """Rows [N, anchors, 4 + classes] of ``network`` on the CPU, for channels-last images."""
+    decoded = Decoded(network).cpu().eval()
+    x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
+    batches = []
+    for start in range(0, len(x_NCHW), BATCH):
+        batches.append(decoded(x_NCHW[start : start + BATCH]))
+    rows: np.ndarray = torch.cat(batches).numpy()
+    return rows
+
+
+def torch_boxes(
+    network: DetectionNetwork, images: CocoImages, config: PostProcessing, workers: int
+) -> Boxes:
+    """The detections of ``network`` in all images."""
+    detected = detect(network, images, config, batch_size=BATCH, workers=workers)
+    return Boxes.of_torch(detected.values())
 
 
 def _to_cpu(image: Detections) -> Detections:
@@ -240,3 +301,50 @@ def _same_best(expected: DetectionArrays, actual: DetectionArrays) -> bool:
     if expected_labels[0] != actual_labels[0]:
         return False
     return bool(iou(np.stack([expected_boxes[0], actual_boxes[0]]))[0, 1] >= 0.5)
+
+
+class DetectionQuality(SearchQuality):
+    """AP or the loss; see ``hwnas.tasks.detection``."""
+
+    def __init__(self, experiment: Experiment, space: SearchSpace) -> None:
+        self.by_loss = experiment.search.quality == "loss"
+        self.metric = OF_LOSS if self.by_loss else AP
+        self.post_processing = experiment.detector.post_processing
+        # Any architecture of the space will do for the loss: all share anchors and classes.
+        self.arch = space.decode(space.at([0] * len(space.choices)))
+        self._loss = DetectionCriterion(self.arch)
+
+    def criterion(self, label_smoothing: float = 0.0) -> Criterion:
+        """The detector's loss. It has no image labels to smooth."""
+        del label_smoothing
+        return DetectionCriterion(self.arch)
+
+    def of_outputs(self, outputs: Any, y: Tensor) -> float:
+        """1 / (1 + loss)."""
+        loss, _ = self._loss.to(y.device)(outputs, y)
+        return of_loss(float(loss))
+
+    def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
+        """None: it depends on how many anchors match an object."""
+        del labels_N, label_smoothing
+        return None
+
+    def of_a_guess(self, labels_N: np.ndarray) -> float | None:
+        """An AP of 0."""
+        del labels_N
+        return None if self.by_loss else 0.0
+
+    def of_network(
+        self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
+    ) -> float:
+        """AP, or 1 / (1 + mean loss per image)."""
+        assert isinstance(network, DetectionNetwork)
+        if self.by_loss:
+            return of_mean_loss(network, batches, self._loss)
+        if not isinstance(images, CocoImages):
+            raise ConfigError(
+                "the AP of a search needs annotations in COCO's format: set data.name = 'coco'."
+            )
+        per_image = detections(network, batches, self.post_processing)
+        order = evaluation_order(images, limit).tolist()
+        return average_precision(images, dict(zip(order, per_image, strict=True))).AP

@@ -8,31 +8,25 @@ architectures are evaluated by their AP, or by 1 / (1 + L) with ``search.quality
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
-from hwnas.core.metric import AP, OF_LOSS
+from hwnas.core.detector import CODE_SIZE
+from hwnas.core.metric import AP
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import detector_of, with_detector
 from hwnas.core.statistics import NO_AP
-from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import NUMBERS
-from hwnas.data.images import Batch, Images, evaluation_order
-from hwnas.engine import Criterion
 from hwnas.errors import ConfigError, SpaceError
-from hwnas.export.detector import Decoded, columns
 from hwnas.export.names import CHOSEN, DETECTIONS, TASK_OUTPUTS
 from hwnas.export.post_processing import NMS_COLUMNS
-from hwnas.nn.detector import CODE_SIZE, DetectionNetwork, detector_of
-from hwnas.nn.network import Network
+from hwnas.lazy import LazyModule
 from hwnas.task import (
     Answers,
     EvaluationResult,
@@ -45,69 +39,22 @@ from hwnas.task import (
     Task,
     Words,
 )
-from hwnas.tasks.boxes import (
-    Boxes,
-    DetectionCriterion,
-    FileBoxes,
-    average_precision,
-    detect,
-    detections,
-    parity,
-)
-from hwnas.tasks.losses import of_loss, of_mean_loss
 from hwnas.tasks.pictures import pictures_of
+
+if TYPE_CHECKING:
+    from hwnas.data import coco
+    from hwnas.data.images import Images
+    from hwnas.engine import Criterion
+    from hwnas.nn import detector
+    from hwnas.nn.network import Network
+    from hwnas.tasks import boxes
+else:  # see hwnas/lazy.py
+    coco = LazyModule("hwnas.data.coco")
+    detector = LazyModule("hwnas.nn.detector")
+    boxes = LazyModule("hwnas.tasks.boxes")
 
 ROWS_BYTES = 16 * 2**20
 """The most bytes that PyTorch's rows of the parity images may take in a bundle."""
-BATCH = 16
-"""Batch size of PyTorch's detections for a bundle."""
-
-
-class DetectionQuality(SearchQuality):
-    """AP or the loss; see the module docstring."""
-
-    def __init__(self, experiment: Experiment, space: SearchSpace) -> None:
-        self.by_loss = experiment.search.quality == "loss"
-        self.metric = OF_LOSS if self.by_loss else AP
-        self.post_processing = experiment.detector.post_processing
-        # Any architecture of the space will do for the loss: all share anchors and classes.
-        self.arch = space.decode(space.at([0] * len(space.choices)))
-        self._loss = DetectionCriterion(self.arch)
-
-    def criterion(self, label_smoothing: float = 0.0) -> Criterion:
-        """The detector's loss. It has no image labels to smooth."""
-        del label_smoothing
-        return DetectionCriterion(self.arch)
-
-    def of_outputs(self, outputs: Any, y: Tensor) -> float:
-        """1 / (1 + loss)."""
-        loss, _ = self._loss.to(y.device)(outputs, y)
-        return of_loss(float(loss))
-
-    def loss_of_a_guess(self, labels_N: np.ndarray, label_smoothing: float) -> float | None:
-        """None: it depends on how many anchors match an object."""
-        del labels_N, label_smoothing
-        return None
-
-    def of_a_guess(self, labels_N: np.ndarray) -> float | None:
-        """An AP of 0."""
-        del labels_N
-        return None if self.by_loss else 0.0
-
-    def of_network(
-        self, network: Network, images: Images, batches: Iterable[Batch], limit: int | None
-    ) -> float:
-        """AP, or 1 / (1 + mean loss per image)."""
-        assert isinstance(network, DetectionNetwork)
-        if self.by_loss:
-            return of_mean_loss(network, batches, self._loss)
-        if not isinstance(images, CocoImages):
-            raise ConfigError(
-                "the AP of a search needs annotations in COCO's format: set data.name = 'coco'."
-            )
-        per_image = detections(network, batches, self.post_processing)
-        order = evaluation_order(images, limit).tolist()
-        return average_precision(images, dict(zip(order, per_image, strict=True))).AP
 
 
 class Detection(Task):
@@ -171,31 +118,19 @@ class Detection(Task):
     def criterion(self, arch: Architecture, label_smoothing: float = 0.0) -> Criterion:
         """The detector's loss."""
         del label_smoothing
-        return DetectionCriterion(arch)
+        return boxes.DetectionCriterion(arch)
 
     def quality(self, experiment: Experiment, space: SearchSpace) -> SearchQuality:
         """AP, or 1 / (1 + loss)."""
-        return DetectionQuality(experiment, space)
+        return boxes.DetectionQuality(experiment, space)
 
     def evaluate(
         self, network: Network, images: Images, settings: EvaluationSettings
     ) -> EvaluationResult:
         """COCO's metrics, the AP of each class, and the detections by image index."""
-        detected = detect(
-            _detector(network),
-            _coco(images),
-            self.post_processing,
-            batch_size=settings.batch_size,
-            limit=settings.limit,
-            workers=settings.workers,
+        return boxes.evaluate_detector(
+            _detector(network), _coco(images), self.post_processing, settings
         )
-        if settings.limit is not None:
-            # some of the images may have no object between them, which leaves AP undefined
-            labels = images.labels_of(evaluation_order(images, settings.limit))
-            if len(labels) == 0:
-                return EvaluationResult({AP: None}, answers=detected)
-        coco = average_precision(_coco(images), detected)
-        return EvaluationResult(coco.by_name, dict(coco.AP_per_class), detected)
 
     def guess(self, images: Images) -> float | None:
         """None: boxes cannot be guessed."""
@@ -240,7 +175,7 @@ class Detection(Task):
 
     def check_images(self, images: Images, name: str, arch: Architecture) -> None:
         """Check that the images have boxes."""
-        if not isinstance(images, CocoImages):
+        if not isinstance(images, coco.CocoImages):
             raise ConfigError(
                 f"data.name = {name!r} has no boxes, but {arch.name!r} is a detector: give the data"
                 " it was trained on."
@@ -248,20 +183,14 @@ class Detection(Task):
 
     def reference_images(self, network: Network) -> int | None:
         """As many images as fit into ``ROWS_BYTES``."""
-        values_per_image = detector_of(network.arch).anchors * columns(_detector(network))
+        arch = network.arch
+        values_per_image = detector_of(arch).anchors * (CODE_SIZE + arch.classes)
         bytes_per_image = 4 * values_per_image  # float32
         return max(1, ROWS_BYTES // bytes_per_image)
 
-    @torch.inference_mode()
     def torch_outputs(self, network: Network, images_NHWC: np.ndarray) -> np.ndarray:
         """Rows [N, anchors, 4 + classes]."""
-        decoded = Decoded(_detector(network)).cpu().eval()
-        x_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
-        batches = []
-        for start in range(0, len(x_NCHW), BATCH):
-            batches.append(decoded(x_NCHW[start : start + BATCH]))
-        rows: np.ndarray = torch.cat(batches).numpy()
-        return rows
+        return boxes.torch_rows(_detector(network), images_NHWC)
 
     def outputs(self, graph: str, arch: Architecture, output: str) -> tuple[Output, ...]:
         """One row per anchor or per detection."""
@@ -301,41 +230,34 @@ class Detection(Task):
         self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture
     ) -> Parity:
         """See ``boxes.parity``."""
-        return parity(graph, outputs, reference, self.post_processing, arch.resolution)
+        return boxes.parity(graph, outputs, reference, self.post_processing, arch.resolution)
 
     def answers(
         self, graph: str, arch: Architecture, app_score: float | None = None
     ) -> FileAnswers:
         """Boxes."""
-        return FileBoxes(graph, arch, self.post_processing, app_score)
+        return boxes.FileBoxes(graph, arch, self.post_processing, app_score)
 
     def torch_answers(self, network: Network, images: Images, workers: int) -> Answers:
         """PyTorch's detections."""
-        detected = detect(
-            _detector(network),
-            _coco(images),
-            self.post_processing,
-            batch_size=BATCH,
-            workers=workers,
-        )
-        return Boxes.of_torch(detected.values())
+        return boxes.torch_boxes(_detector(network), _coco(images), self.post_processing, workers)
 
     def load_answers(self, arrays: Mapping[str, np.ndarray]) -> Answers:
         """Boxes from ``found``, the boxes of all images, and ``counts``, the number in
         each image.
         """
-        return Boxes.of_arrays(arrays["found"], arrays["counts"])
+        return boxes.Boxes.of_arrays(arrays["found"], arrays["counts"])
 
     def min_score(self) -> float | None:
         """The score threshold for AP."""
         return self.post_processing.min_score
 
 
-def _detector(network: Network) -> DetectionNetwork:
-    assert isinstance(network, DetectionNetwork)
+def _detector(network: Network) -> detector.DetectionNetwork:
+    assert isinstance(network, detector.DetectionNetwork)
     return network
 
 
-def _coco(images: Images) -> CocoImages:
-    assert isinstance(images, CocoImages), "see check_images"
+def _coco(images: Images) -> coco.CocoImages:
+    assert isinstance(images, coco.CocoImages), "see check_images"
     return images

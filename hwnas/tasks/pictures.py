@@ -7,15 +7,17 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Base64Bytes, BaseModel, ConfigDict
 
-from hwnas.data.coco import CocoImages
 from hwnas.data.decoding import decode
 from hwnas.document import Document
-from hwnas.nn.ssd import Detections
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.data.coco import CocoImages
+    from hwnas.nn.ssd import Detections
 
 COUNT = 8
 """Number of images."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hwnas.core.arch import Architecture
 from hwnas.document import user_path
 from hwnas.errors import ConfigError
-from hwnas.nn.checkpoint import load_network
-from hwnas.nn.network import Network
 from hwnas.runs import StageContext
+from hwnas.train.result import WEIGHTS
 
-WEIGHTS = "model.safetensors"
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.nn.network import Network
 
 
 def load_initial_weights(network: Network, ctx: StageContext) -> None:
@@ -21,6 +22,8 @@ def load_initial_weights(network: Network, ctx: StageContext) -> None:
     ``train.weights = "supernet"`` replaces all weights, ``train.backbone`` then those
     of the blocks that both networks have. With neither, nothing changes.
     """
+    from hwnas.nn.checkpoint import load_network
+
     config = ctx.experiment.train
     if config.weights == "supernet":
         inherited = load_network(ctx.path("search", "supernet.safetensors"))
@@ -47,6 +50,8 @@ def trained_backbone(folder: str, arch: Architecture) -> Path:
     """The weights file of an earlier training run of a network that begins with the blocks
     of ``arch``. Raises ConfigError if there is no file, or its blocks differ.
     """
+    from hwnas.nn.checkpoint import load_network
+
     path = backbone_file(folder)
     blocks = load_network(path).arch.blocks
     for position, op in enumerate(arch.blocks):

@@ -13,6 +13,9 @@ from hwnas.document import Document
 from hwnas.errors import DocumentError
 from hwnas.task import Metrics, task_named
 
+WEIGHTS = "model.safetensors"
+"""The file of the trained weights, next to the result."""
+
 
 class TrainResult(Document):
     """How good the trained network is on the test images.

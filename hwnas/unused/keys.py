@@ -11,6 +11,16 @@ from hwnas.devices.device import find_device
 from hwnas.search import SHRINK_METRICS
 from hwnas.unused.case import STUDIES, VERBS, Case, Holds, Situation
 
+HAS_MOMENTUM = {
+    "sgd": True,
+    "momentum": True,
+    "rmsprop": True,
+    "rmsproptf": True,
+    "adam": False,
+    "adamw": False,
+}
+"""The usual optimisers of timm, so that it need not be imported for them."""
+
 
 def _always(situation: Situation) -> bool:
     return True
@@ -20,20 +30,22 @@ def _lacks_momentum(table: Literal["search", "train"]) -> Holds:
     """The optimiser of a table has no momentum."""
 
     def holds(situation: Situation) -> bool:
-        # Imported here: timm is slow to import, and most commands do not need it.
-        from timm.optim import list_optimizers
-
         name = getattr(situation.experiment, table).optimizer.name
-        # An unknown name is reported later, with the known ones.
-        return name in list_optimizers() and not _has_momentum(name)
+        return not has_momentum(name)
 
     return holds
 
 
-def _has_momentum(name: str) -> bool:
-    from timm.optim import get_optimizer_info
+def has_momentum(name: str) -> bool:
+    """Whether an optimiser of timm has a momentum, or is unknown: an unknown name is
+    reported later, with the known ones.
+    """
+    if name in HAS_MOMENTUM:
+        return HAS_MOMENTUM[name]
+    # Imported here: timm imports PyTorch, and most commands do not need it.
+    from timm.optim import get_optimizer_info, list_optimizers
 
-    return bool(get_optimizer_info(name).has_momentum)
+    return name not in list_optimizers() or bool(get_optimizer_info(name).has_momentum)
 
 
 def _no_metric(attribute: str) -> Holds:

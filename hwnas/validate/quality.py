@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hwnas.config import DataConfig, ValidateConfig
-from hwnas.data.images import Images, evaluation_batches, evaluation_order, load_images
+from hwnas.data.images import evaluation_batches, evaluation_order, load_images
 from hwnas.devices.session import Bench
 from hwnas.errors import DeviceError, DocumentError
 from hwnas.export.bundle import PARITY_FILE, Bundle, BundleFile, load_parity
@@ -18,6 +19,9 @@ from hwnas.export.quantization import first_line
 from hwnas.export.target import target
 from hwnas.task import Answers, FileAnswers, Parity
 from hwnas.validate.exported import Exported
+
+if TYPE_CHECKING:  # see hwnas/lazy.py
+    from hwnas.data.images import Images
 
 IMAGES_AT_ONCE = 512
 """Images that are sent to the device at once, at most."""

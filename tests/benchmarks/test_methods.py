@@ -34,7 +34,8 @@ from hwnas.core.space import MacroSpace
 from hwnas.core.table import LatencyTable
 from hwnas.experiments import experiment_space
 from hwnas.search.proposal import sample_feasible
-from hwnas.search.stage import prepare, search_context
+from hwnas.search.searching import prepare
+from hwnas.search.settings import search_context
 
 CONFIG = "configs/experiments/methods-cifar10.toml"
 IMAGES, SEARCH_SECONDS, RANDOM_NETWORKS = 10_000, 100.0, 5

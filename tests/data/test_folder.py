@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from hwnas.config import DataConfig
-from hwnas.data.folder import FolderImages
+from hwnas.data.folder import IMAGE_SUFFIXES, FolderImages
 from hwnas.data.images import Images, load_images, training_batches
 from hwnas.errors import DataError
 
@@ -116,6 +117,10 @@ def test_images_are_in_the_order_of_torchvision(root: Path) -> None:
     assert [str(root / name) for name in found.files()] == [path for path, _ in expected.imgs]
     assert found.labels.tolist() == expected.targets
     assert list(found.names) == expected.classes
+
+
+def test_images_end_in_what_torchvision_knows() -> None:
+    assert IMAGE_SUFFIXES == IMG_EXTENSIONS
 
 
 # the classes of val

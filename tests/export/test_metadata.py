@@ -22,10 +22,10 @@ from hwnas.core.ops import Classifier, Conv
 from hwnas.export import metadata_schema as tables
 from hwnas.export.bundle import Bundle
 from hwnas.export.convert import to_tflite
+from hwnas.export.exporting import refused_by_mediapipe, stretched_by_apps
 from hwnas.export.metadata import ENTRY, ModelCard, Normalisation, labels_text, with_metadata
 from hwnas.export.quantization import quantize_int8
 from hwnas.export.score_calibration import ScoreCalibration
-from hwnas.export.stage import refused_by_mediapipe, stretched_by_apps
 from hwnas.export.tflite_detector import add_decoding, tasks, without_decoding
 from hwnas.export.tflite_file import TFLiteGraph, graph_ops
 from hwnas.export.tflite_writer import write_heads

@@ -13,12 +13,12 @@ from torch import nn
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Classifier, Conv
 from hwnas.core.published import NETWORKS, published
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import detector_of, with_detector
 from hwnas.errors import CheckpointError
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.checkpoint import load_network, save_network
 from hwnas.nn.classifier import ClassificationNetwork
-from hwnas.nn.detector import DetectionNetwork, detector_of, predictions
+from hwnas.nn.detector import DetectionNetwork, predictions
 from tests.nn.detectors import BLOCKS, batch, small_arch, small_network
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.table import LatencyTable
 from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import StageContext
-from hwnas.search import stage
+from hwnas.search import searching
 
 DATA = {
     "name": "digits",
@@ -58,7 +58,7 @@ def run(
     space: MacroSpace | None = None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stage.run(
+    searching.run(
         StageContext(config, folder.parent, folder, progress or Progress()),
         space or elastic_digits_space(),
         table,

@@ -31,7 +31,8 @@ from hwnas.progress import Progress
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import one_hot
 from hwnas.search.result import SearchResult
-from hwnas.search.stage import prepare, search_context
+from hwnas.search.searching import prepare
+from hwnas.search.settings import search_context
 from hwnas.tasks.boxes import DetectionCriterion, average_precision, detect
 from hwnas.testing import synthetic_table
 from tests.train.rectangles import write_rectangles

@@ -25,7 +25,8 @@ from hwnas.runs import JsonLines
 from hwnas.search.evaluator import EVALUATIONS, SupernetEvaluator
 from hwnas.search.proposal import one_hot
 from hwnas.search.result import SearchResult
-from hwnas.search.stage import prepare, search_context
+from hwnas.search.searching import prepare
+from hwnas.search.settings import search_context
 from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
 from tests.search.staging import EVOLUTION, Killed, Killing, elastic_digits_space, experiment, run

@@ -19,7 +19,7 @@ from hwnas.core.objective import AbsoluteObjective
 from hwnas.search.cost_counter import SearchCost
 from hwnas.search.learning import Learning, Ranking, Rows, TrainingLog, learning_of
 from hwnas.search.result import Candidate, SearchResult
-from hwnas.tasks.classification import ClassificationQuality
+from hwnas.tasks.labels import ClassificationQuality
 
 CHANCE = math.log(10)
 GOOD = Ranking(

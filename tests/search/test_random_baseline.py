@@ -20,10 +20,11 @@ from hwnas.search import random_baseline
 from hwnas.search.evaluator import SupernetEvaluator
 from hwnas.search.proposal import sample_feasible
 from hwnas.search.random_baseline import affordable, choose_random_baseline, image_counts
-from hwnas.search.stage import SearchResult, search_context
+from hwnas.search.result import SearchResult
+from hwnas.search.settings import search_context
 from hwnas.search.strategy import SearchContext
 from hwnas.search.supernets import cost_counter_of
-from hwnas.tasks.classification import ClassificationQuality
+from hwnas.tasks.labels import ClassificationQuality
 from hwnas.testing import synthetic_table
 from tests.search.staging import Saying, elastic_digits_space, experiment, run
 from tests.search.test_evaluator import supernet_of

@@ -28,7 +28,7 @@ from hwnas.progress import Progress
 from hwnas.search import STRATEGIES
 from hwnas.search.proposal import is_feasible, sample_feasible
 from hwnas.search.result import SearchResult
-from hwnas.search.supernets import SUPERNET_FILE
+from hwnas.search.supernet_file import SUPERNET_FILE
 from hwnas.search.weights import Batches
 from hwnas.testing import synthetic_table
 from tests.search.staging import (

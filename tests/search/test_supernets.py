@@ -13,8 +13,8 @@ from hwnas.core.spaces import darts, nasbench201
 from hwnas.nn.cells import CellSupernet, GrowingSupernet
 from hwnas.nn.independent import IndependentNetworks
 from hwnas.nn.supernet import MacroSupernet
+from hwnas.search.settings import search_strategy
 from hwnas.search.skips import published_skip_limit
-from hwnas.search.stage import search_strategy
 from hwnas.search.supernets import supernet_of
 from tests.search.staging import elastic_digits_space, experiment
 

@@ -16,14 +16,14 @@ from hwnas.core.table import LatencyTable
 from hwnas.errors import DivergenceError
 from hwnas.progress import Progress, ProgressBar
 from hwnas.runs import StageContext
-from hwnas.search import stage
+from hwnas.search import searching
 
 
 def searches(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
     """A search that reports its number of threads."""
     ctx.progress.info(f"threads {torch.get_num_threads()}")
     print("what a library prints is no event", flush=True)
-    stage.run(ctx, space, table)
+    searching.run(ctx, space, table)
 
 
 def is_killed(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:
@@ -42,7 +42,7 @@ def is_killed(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None
 
             yield Bar()
 
-    stage.run(replace(ctx, progress=Deadly()), space, table)
+    searching.run(replace(ctx, progress=Deadly()), space, table)
 
 
 def diverges(ctx: StageContext, space: MacroSpace, table: LatencyTable) -> None:

@@ -179,7 +179,7 @@ def cluster() -> Iterator[str]:
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_bits(sequential: Path, tmp_path: Path, cluster: str) -> None:
     """One starts, one resumes from a checkpoint that is sent there, and one fails."""
-    search = "hwnas.search.stage:run"  # the cluster's machines have hwnas, but not its tests
+    search = "hwnas.search.searching:run"  # the cluster's machines have hwnas, but not its tests
     killed = training(tmp_path, 1, "tests.study.jobs:is_killed")
     assert "SIGKILL" in trainings.run([killed], StudyConfig(processes=2), 1, Progress())["search-1"]
     nowhere = SEARCH.data.model_copy(update={"name": "npz", "path": "/nowhere"})

@@ -1,0 +1,120 @@
+"""The work of the training stage: trains a network and writes its weights and its
+result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hwnas.core.arch import Architecture
+from hwnas.data.images import Batch, Images, load_images, training_batches
+from hwnas.engine import Engine, Metrics, steps_of
+from hwnas.networks import data_for
+from hwnas.nn.checkpoint import save_network
+from hwnas.nn.network import Network, network_of
+from hwnas.runs import StageContext
+from hwnas.task import EvaluationSettings, evaluate, task_of
+from hwnas.train.initial_weights import load_initial_weights
+from hwnas.train.result import WEIGHTS, TrainResult
+from hwnas.train.validation import Validation
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A training run that is ready to start, or to resume."""
+
+    engine: Engine
+    test: Images
+    batches: Iterator[Batch]
+    validation: Validation
+
+    def step(self, number: int) -> Metrics:
+        """One update on the next batch."""
+        del number  # ``batches`` begins at the engine's step and moves along with it
+        return self.engine.train_step(*next(self.batches))
+
+
+def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
+    """Set up a training run, and restore the checkpoint in the stage's folder, if any."""
+    config = ctx.experiment.train
+    seed = ctx.experiment.seed
+    data = data_for(ctx.experiment, arch)
+    train = load_images(data, "all", augment=True)
+    test = load_images(data, "test")
+    generator = torch.Generator().manual_seed(seed)
+    network = network_of(arch, dropout=config.dropout, generator=generator)
+    load_initial_weights(network, ctx)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = config.bn_momentum
+    steps = steps_of(config.epochs, len(train), config.batch_size)
+    engine = Engine(
+        network,
+        config.optimizer,
+        steps,
+        config.batch_size,
+        seed,
+        ctx.folder,
+        criterion=task_of(ctx.experiment).criterion(arch, config.label_smoothing),
+        ema_decay=config.ema_decay,
+        checkpoint_seconds=ctx.experiment.checkpoint_seconds,
+    )
+    engine.resume(ctx.progress)
+
+    # These two continue at the engine's step, so they come after it has resumed.
+    validation = Validation(ctx, engine, test, len(train) / config.batch_size)
+    validation.resume()
+    batches = training_batches(
+        train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
+    )
+    return TrainingRun(engine, test, batches, validation)
+
+
+def run(ctx: StageContext, arch: Architecture) -> None:
+    """Train, and write ``model.safetensors`` (averaged weights and BN statistics),
+    ``train.json`` and the other ``outputs``.
+
+    The validation curve is written to ``validation.jsonl`` during the training.
+    """
+    config = ctx.experiment.train
+    training = begin(ctx, arch)
+    engine = training.engine
+    test = training.test
+    engine.fit(training.step, ctx.progress, f"training {arch.name}", training.validation)
+
+    trained = engine.ema_model
+    assert isinstance(trained, Network)
+    task = task_of(ctx.experiment)
+    settings = EvaluationSettings(config.batch_size, workers=ctx.experiment.data.workers)
+    evaluated = evaluate(task, trained, test, settings)
+    task.record(ctx.folder, trained, test, evaluated)
+    result = TrainResult(
+        architecture_sha256=arch.sha256,
+        weights=config.weights if config.backbone is None else "backbone",
+        steps=engine.steps,
+        seed=engine.seed,
+        task=task.name,
+        metric=task.metric,
+        metrics=evaluated.metrics,
+        per_class=evaluated.per_class,
+        test_images=len(test),
+        guess=task.guess(test),
+        class_names=test.names,
+    )
+
+    metadata = {}
+    if task.curve:
+        row, name = next(iter(task.curve.items()))
+        value = evaluated.metrics[name]
+        if value is not None:
+            metadata[row] = f"{value:.4f}"
+    save_network(trained, ctx.folder / WEIGHTS, metadata)
+    result.save(ctx.folder / "train.json")
+    engine.finish()
+    ctx.progress.info(f"trained {arch.name}: {result.quality}")
+    if result.caution is not None:
+        ctx.progress.warning(str(result.caution))
