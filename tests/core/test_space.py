@@ -471,7 +471,13 @@ def test_documents_omit_depths_and_resolutions_that_are_not_searched() -> None:
 
 
 def test_spaces_are_loaded_by_name() -> None:
-    assert load_space("mobile32", classes=3, in_channels=1, resolution=16).decode is not None
+    space = load_space("mobile32", classes=3, in_channels=1, resolution=16)
+    assert (space.name, space.classes, space.in_channels, space.resolution) == (
+        "mobile32",
+        3,
+        1,
+        16,
+    )
     assert load_space("proxylessnas", in_channels=1, classes=10, resolution=64).ops[0].in_ch == 1
     with pytest.raises(
         SpaceError,
