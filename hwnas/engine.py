@@ -85,6 +85,7 @@ def make_optimizer(
     options = config.options
     if options is None:
         options = DEFAULT_OPTIONS.get(config.name, {})
+    layered = {} if config.layer_decay == 1.0 else {"layer_decay": config.layer_decay}
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -92,6 +93,7 @@ def make_optimizer(
             lr=lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
+            **layered,
             **options,
         )
     except (ValueError, TypeError, AssertionError, KeyError) as error:
@@ -108,7 +110,8 @@ def check_optimizer(config: OptimizerConfig, section: str) -> None:
     ``inactive_weights = 'decay'`` and it keeps no state.
     """
     model = nn.Linear(2, 2)
-    optimizer = make_optimizer(model, config, config.lr, section)
+    alike = config.model_copy(update={"layer_decay": 1.0})
+    optimizer = make_optimizer(model, alike, config.lr, section)
     # Optimisers create their state in the first step, so run one.
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()

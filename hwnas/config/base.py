@@ -45,6 +45,22 @@ def with_defaults(
     return section
 
 
+def without_defaults(content: dict[str, Any], unset: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a table without the keys that have their ``unset`` value. Keys that
+    were added later are left out, so that the hashes of older runs do not change.
+    """
+    return {key: value for key, value in content.items() if key not in unset or value != unset[key]}
+
+
+def check_pretrained_model(section: str, source: str | None, model: str | None) -> None:
+    """Raise ValueError if a model is named without the file that is of it."""
+    if model is not None and source is None:
+        raise ValueError(
+            f"{section}.pretrained_model = {model!r} says what {section}.pretrained holds, and that"
+            f" is not set; set {section}.pretrained to the file, or to {model!r}"
+        )
+
+
 class Plugin(BaseModel):
     """The name of a plug-in and its options, which the ``Config`` of the plug-in checks
     when it is looked up.

@@ -13,8 +13,8 @@ NOT_DECISIVE: dict[str, tuple[str, ...]] = {
     "data": ("path", "workers", "unreadable", "skip", "allow_outside"),
     "device": ("name",),
     "profile": ("prior", "networks"),
-    "search": ("table", "weights", "backbone"),
-    "train": ("arch", "backbone"),
+    "search": ("table", "weights", "backbone", "pretrained"),
+    "train": ("arch", "backbone", "pretrained"),
     "study": ("truth", "supernets", "processes", "ray_address", "ray_gpus"),
 }
 """Table of the configuration -> its keys that decide no result: paths, because what they

@@ -121,10 +121,16 @@ class Experiment(Section):
                 "search.supernet.dropout is before the classifier, which a detector does not have;"
                 " remove it"
             )
-        if self.train.backbone is not None and self.train.weights != "scratch":
+        initial = []
+        if self.train.pretrained is not None:
+            initial.append("train.pretrained")
+        if self.train.backbone is not None:
+            initial.append("train.backbone")
+        if self.train.weights != "scratch":
+            initial.append("train.weights = 'supernet'")
+        if len(initial) > 1:
             raise ValueError(
-                "train.backbone and train.weights = 'supernet' both set the initial weights; remove"
-                " one of them"
+                f"{initial[0]} and {initial[1]} both set the initial weights; remove one of them"
             )
         return self
 

@@ -12,7 +12,16 @@ from pydantic import (
     model_validator,
 )
 
-from hwnas.config.base import BatchSize, Epochs, Images, Plugin, Section, with_defaults
+from hwnas.config.base import (
+    BatchSize,
+    Epochs,
+    Images,
+    Plugin,
+    Section,
+    check_pretrained_model,
+    with_defaults,
+    without_defaults,
+)
 from hwnas.core.limits import AnyBudget, Budget, LatencyLimit, Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
 
@@ -20,6 +29,13 @@ ADAMW = {"lr": 0.024, "weight_decay": 0.02, "warmup": 0.1}
 """Defaults for ``adamw``, from our recipes. TuNAS's learning rate is for RMSprop with
 an eps of 1 and does not suit it.
 """
+
+
+OPTIMIZER_UNSET: dict[str, Any] = {"layer_decay": 1.0}
+"""Keys of an optimiser that are left out of documents at these values, their defaults."""
+
+SEARCH_UNSET: dict[str, Any] = {"budget": None, "pretrained": None, "pretrained_model": None}
+"""Keys of ``search`` that are left out of documents at these values, their defaults."""
 
 
 class OptimizerConfig(Section):
@@ -64,6 +80,15 @@ class OptimizerConfig(Section):
             " cosine to 0"
         ),
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description=(
+            "the learning rate of each block is that of the next one times this: 0.8 fine-tunes the"
+            " first blocks slowly; 1: all learn alike"
+        ),
+    )
     clip_norm: float | None = Field(
         None, gt=0, le=1e9, description="maximum global norm of the gradient; default: no clipping"
     )
@@ -83,6 +108,14 @@ class OptimizerConfig(Section):
         """
         defaults = ADAMW if isinstance(given, dict) and given.get("name") == "adamw" else {}
         return with_defaults(given, defaults, handler)
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit keys that are not set: the hash of runs from before these keys existed must
+        not change.
+        """
+        content: dict[str, Any] = handler(self)
+        return without_defaults(content, OPTIMIZER_UNSET)
 
 
 OperationOn = Literal["node", "edge", "op"]
@@ -273,6 +306,16 @@ class SearchConfig(Section):
             " finder runs"
         ),
     )
+    pretrained: str | None = Field(
+        None,
+        description=(
+            "weights that all options of the super-net start from: a file (.pth, .safetensors), the"
+            " folder of an earlier run, or the name of a timm model whose weights are in its cache"
+        ),
+    )
+    pretrained_model: str | None = Field(
+        None, description="the timm model that the file of search.pretrained is of"
+    )
     backbone: str | None = Field(
         None,
         description=(
@@ -349,13 +392,11 @@ class SearchConfig(Section):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit ``budget`` if it is not set: the hash of searches from before the key
+        """Omit keys that are not set: the hash of searches from before these keys
         existed must not change.
         """
         content: dict[str, Any] = handler(self)
-        if "budget" in content and content["budget"] is None:
-            del content["budget"]
-        return content
+        return without_defaults(content, SEARCH_UNSET)
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -375,9 +416,13 @@ class SearchConfig(Section):
                 f"recalibration_images is {self.recalibration_images}; give 2 or more, or 0 with"
                 " supernet.bn_track = true to use tracked statistics"
             )
-        if self.backbone is not None and self.weights is not None:
+        initial = [
+            key for key in ("pretrained", "backbone", "weights") if getattr(self, key) is not None
+        ]
+        if len(initial) > 1:
             raise ValueError(
-                "search.backbone and search.weights both set the initial weights of the super-net;"
-                " remove one of them"
+                f"search.{initial[0]} and search.{initial[1]} both set the initial weights of the"
+                " super-net; remove one of them"
             )
+        check_pretrained_model("search", self.pretrained, self.pretrained_model)
         return self

@@ -24,7 +24,9 @@ from hwnas.config.base import (
     Rounds,
     Section,
     Weight,
+    check_pretrained_model,
     with_defaults,
+    without_defaults,
 )
 from hwnas.config.formats import Format, check_dtype, check_runtime
 from hwnas.config.search import OptimizerConfig
@@ -417,6 +419,16 @@ class DetectorConfig(Section):
     )
 
 
+TRAIN_UNSET: dict[str, Any] = {
+    "validate_every": None,
+    "pretrained": None,
+    "pretrained_model": None,
+    "freeze": 0.0,
+    "freeze_bn": False,
+}
+"""Keys of ``train`` that are left out of documents at these values, their defaults."""
+
+
 class TrainConfig(Section):
     """How the final network is trained."""
 
@@ -438,6 +450,32 @@ class TrainConfig(Section):
         description=(
             "detection: run folder or train folder of a trained classifier, whose weights"
             " initialise the backbone"
+        ),
+    )
+    pretrained: str | None = Field(
+        None,
+        description=(
+            "weights to start from: a file (.pth, .safetensors), the folder of an earlier run, or"
+            " the name of a timm model whose weights are in its cache"
+        ),
+    )
+    pretrained_model: str | None = Field(
+        None, description="the timm model that the file of train.pretrained is of"
+    )
+    freeze: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "fraction of the steps, from the first, in which only the classifier (or the"
+            " detector's layers after the backbone) is trained"
+        ),
+    )
+    freeze_bn: bool = Field(
+        False,
+        description=(
+            "keep the BN statistics, scales and shifts of the backbone as they are in the initial"
+            " weights"
         ),
     )
     epochs: Epochs = Field(30, description="epochs of training")
@@ -480,13 +518,23 @@ class TrainConfig(Section):
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit ``validate_every`` if it is not set: it does not change the weights, and
-        the hash of training runs from before the key existed must not change.
+        """Omit keys that are not set: the hash of training runs from before these keys
+        existed must not change.
         """
         content: dict[str, Any] = handler(self)
-        if "validate_every" in content and content["validate_every"] is None:
-            del content["validate_every"]
-        return content
+        return without_defaults(content, TRAIN_UNSET)
+
+    @model_validator(mode="after")
+    def _check_pretrained(self) -> Self:
+        check_pretrained_model("train", self.pretrained, self.pretrained_model)
+        starts_anew = self.pretrained is None and self.backbone is None
+        if starts_anew and self.weights == "scratch" and (self.freeze or self.freeze_bn):
+            key = "train.freeze" if self.freeze else "train.freeze_bn"
+            raise ValueError(
+                f"{key} keeps initial weights as they are, and these are random; set"
+                " train.pretrained, or remove it"
+            )
+        return self
 
 
 class ExportConfig(Section):

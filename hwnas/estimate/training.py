@@ -27,7 +27,7 @@ def of_training(ctx: Context) -> TimeEstimate:
     watch = ctx.watch
     folder = ctx.folder("train")
     # Initial weights may not exist yet, and do not change the time.
-    from_scratch = {"weights": "scratch", "backbone": None}
+    from_scratch = {"weights": "scratch", "backbone": None, "pretrained": None}
     train = ctx.experiment.train.model_copy(update=from_scratch)
     experiment = ctx.experiment.model_copy(update={"train": train})
     run = training.begin(StageContext(experiment, folder, folder), arch)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from hwnas.core.arch import Architecture
 from hwnas.core.graph import Step
 from hwnas.nn.blocks import build, initialise
+from hwnas.nn.freezing import Freezable
 
 
-class ClassificationNetwork(nn.Module):
+class ClassificationNetwork(Freezable):
     """The torch module of an architecture without a detector.
 
     Example:
@@ -35,6 +36,11 @@ class ClassificationNetwork(nn.Module):
         )
         if generator is not None:
             initialise(self, generator)
+
+    @property
+    def backbone_blocks(self) -> int:
+        """All blocks but the classifier."""
+        return len(self.blocks) - 1
 
     def no_weight_decay(self) -> set[str]:
         """Names of weights without weight decay (timm's convention): the classifier's,

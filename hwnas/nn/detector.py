@@ -13,6 +13,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detector import CODE_SIZE, JOINED, Scores
 from hwnas.core.ssdlite import detector_of
 from hwnas.nn.blocks import build, initialise
+from hwnas.nn.freezing import Freezable
 
 Outputs = tuple[Tensor, Tensor]
 """Class logits [N, anchors, classes + 1], background first, and box codes [N, anchors,
@@ -25,7 +26,7 @@ RARE_CLASS_BIAS = -4.6
 """Initial bias of the class predictors of a focal loss: the logit of a score of 1 %."""
 
 
-class DetectionNetwork(nn.Module):
+class DetectionNetwork(Freezable):
     """The torch module of an architecture with a detector. Its blocks have the same
     names as those of a ``ClassificationNetwork``, so that it can inherit their weights.
 

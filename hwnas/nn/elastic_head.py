@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
+from hwnas.core.ops import Classifier
 from hwnas.core.space import MacroSpace
 from hwnas.nn.blocks import initialise
 from hwnas.nn.detector import Outputs
 from hwnas.nn.elastic import Sharing
+from hwnas.nn.remapping import TargetBlock
 from hwnas.nn.slot import Width
 
 Maps = Sequence[tuple[Tensor, Width]]
@@ -65,6 +67,10 @@ class ElasticHead(nn.Module, ABC):
     def copy_weights(self, source: Any) -> None:
         """Start from the weights of another head of the same kind, as wide or wider."""
 
+    def target_blocks(self) -> list[TargetBlock]:
+        """What may start from the weights of another network: nothing by default."""
+        return []
+
     @abstractmethod
     def angle_weights(self, width: int) -> list[Tensor]:
         """The weights used in an architecture whose last slot has ``width`` channels
@@ -109,6 +115,12 @@ class ElasticClassifier(nn.Linear, ElasticHead):
         """Start from the first columns of a classifier that is as wide or wider."""
         self.weight.copy_(source.weight[:, : self.in_features])
         self.bias.copy_(source.bias)
+
+    def target_blocks(self) -> list[TargetBlock]:
+        """The classifier, for the widest network."""
+        op = Classifier(1, self.in_features, self.out_features)
+        state = {"linear.weight": self.weight.detach(), "linear.bias": self.bias.detach()}
+        return [TargetBlock([(op, state)], begins_stage=True)]
 
     def angle_weights(self, width: int) -> list[Tensor]:
         """The first ``width`` columns."""

@@ -25,6 +25,7 @@ from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import save_tensors_atomically
 from hwnas.nn.detector import Outputs
 from hwnas.nn.network import Network
+from hwnas.nn.remapping import TargetBlock
 from hwnas.nn.transfer import Transferred
 
 
@@ -62,6 +63,13 @@ class GatedNetworks(nn.Module, ABC):
         as in TuNAS's code.
         """
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's order of the layers for learning rates that differ by slot; what has no
+        group is last.
+        """
+        del coarse
+        return {"slots": r"^slots\.(\d+)"}
+
     @abstractmethod
     def arch(self, picks: Mapping[str, Option]) -> Architecture:
         """The architecture of ``picks`` in this super-net. It is the space's own unless
@@ -95,6 +103,12 @@ class GatedNetworks(nn.Module, ABC):
         same.
         """
         raise AssertionError(f"{type(self).__name__} has no slots to take from {path}")
+
+    def target_blocks(self) -> list[TargetBlock]:
+        """What may start from the weights of a trained network, from the first block to
+        the last, as views of the weights.
+        """
+        raise AssertionError(f"{type(self).__name__} is not a chain of blocks")
 
     def copy_weights(self, source: Supernet) -> None:
         """Start from the weights of the super-net whose space was shrunk to this one's.

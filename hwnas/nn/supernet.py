@@ -49,6 +49,7 @@ from hwnas.nn.elastic_detector import ElasticDetector, copy_into
 from hwnas.nn.elastic_head import ElasticClassifier, ElasticHead
 from hwnas.nn.gates import differentiable, is_number, option_weights
 from hwnas.nn.network import Network, network_of
+from hwnas.nn.remapping import TargetBlock
 from hwnas.nn.shared import Supernet, check_proxy_resolution, resized, resolve_config
 from hwnas.nn.slot import ElasticSlot, RunOptions, Width, skips, slot_gates
 from hwnas.nn.transfer import Transferred
@@ -280,6 +281,18 @@ class MacroSupernet(Supernet):
         slots = cast(Sequence[ElasticSlot], self.slots)
         return dict(zip(self.proxy.slots, slots, strict=True))
 
+    def target_blocks(self) -> list[TargetBlock]:
+        """Every slot with all its options, and the classifier; see ``GatedNetworks``."""
+        # in training mode, the slots would draw random channels
+        training = self.training
+        self.eval()
+        blocks = []
+        for slot, module in self.by_slot.items():
+            blocks.append(TargetBlock(_variants(slot, module), slot.first))
+        self.train(training)
+        blocks += self.head.target_blocks()
+        return blocks
+
     def load_backbone(self, path: Path) -> Transferred:
         """Start from the weights of every slot that is the same in the super-net of a
         file; see ``GatedNetworks``.
@@ -358,6 +371,21 @@ class MacroSupernet(Supernet):
                 path.append((position, option, op, self.producers[position].index(producer)))
                 producer = self._producer(position, option)
         return path
+
+
+def _variants(slot: Slot, module: ElasticSlot) -> list[tuple[Op, dict[str, Tensor]]]:
+    """The options of a slot at its largest widths, smallest first, with views of the
+    weights of each producer of its input.
+    """
+    in_ch = max(widths[0] for widths in slot.widths)
+    out_ch = max(widths[1] for widths in slot.widths)
+    ops = {option: slot.op(option, in_ch, out_ch) for option in slot.options}
+    present = [(option, op) for option, op in ops.items() if op is not None]
+    present.sort(key=lambda pair: pair[1].params)
+    sources = range(max(len(module.copies), module.norms))
+    return [
+        (op, module.weights(option, op, source)) for option, op in present for source in sources
+    ]
 
 
 SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: MacroSupernet, CellSpace: CellSupernet}

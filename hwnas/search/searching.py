@@ -21,6 +21,7 @@ from hwnas.document import file_sha256
 from hwnas.engine import Engine, steps_of
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import save_network
+from hwnas.nn.pretrained import load_pretrained_supernet, read_pretrained
 from hwnas.runs import StageContext
 from hwnas.search.cost_counter import CountedEvaluator, CountedWeights
 from hwnas.search.evaluator import EVALUATIONS, SupernetEvaluator
@@ -63,11 +64,15 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
     prepared = prepare(experiment, space, search, ctx.folder)
     engine = prepared.engine
     evaluator = prepared.evaluator
+    if config.pretrained is not None:
+        key = "search.pretrained"
+        pretrained = read_pretrained(config.pretrained, config.pretrained_model, key)
+        progress.info(load_pretrained_supernet(evaluator.supernet, pretrained, key))
     if config.backbone is not None:
         backbone = supernet_path(config.backbone, "search.backbone")
         progress.info(str(evaluator.supernet.load_backbone(backbone)))
 
-    # A checkpoint holds newer weights than the backbone, so it is loaded afterwards.
+    # A checkpoint holds newer weights than these, so it is loaded afterwards.
     engine.resume(ctx.progress)
     first_step = engine.step
     start = time.monotonic()

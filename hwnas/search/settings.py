@@ -144,6 +144,15 @@ def check_search(experiment: Experiment, space: SearchSpace) -> Limits:
     limits.check()
     if config.backbone is not None:
         supernet_path(config.backbone, "search.backbone")
+    if config.pretrained is not None:
+        from hwnas.nn.pretrained import read_pretrained
+
+        if not space.CHAIN:
+            raise ConfigError(
+                f"search.pretrained is for chains of blocks, and {space.name} is a space of cells:"
+                " remove it."
+            )
+        read_pretrained(config.pretrained, config.pretrained_model, "search.pretrained")
     if config.weights is not None:
         from hwnas.search.supernets import load_trained_supernet
 
@@ -183,6 +192,11 @@ def _check_settings(experiment: Experiment, strategy: Strategy) -> None:
             f"strategy {name!r} trains networks that share no weights, so search.backbone would"
             " initialise nothing: remove it, or use a strategy with a super-net."
         )
+    if config.pretrained is not None and not strategy.shares_weights:
+        raise ConfigError(
+            f"strategy {name!r} trains networks that share no weights, and search.pretrained is for"
+            " super-nets: remove it, or use a strategy with a super-net."
+        )
     size = config.batch_size
     for split, count in zip(("training", "held-out"), strategy.microbatches(), strict=True):
         # Batch normalisation needs at least two images in every microbatch.
@@ -211,6 +225,10 @@ def weight_hashes(config: SearchConfig) -> dict[str, str]:
     hashes = {}
     if config.weights is not None:
         hashes["super-net"] = file_sha256(supernet_path(config.weights))
+    if config.pretrained is not None:
+        from hwnas.nn.pretrained import pretrained_file
+
+        hashes["pretrained"] = file_sha256(pretrained_file(config.pretrained, "search.pretrained"))
     if config.backbone is not None:
         hashes["backbone"] = file_sha256(supernet_path(config.backbone, "search.backbone"))
     return hashes

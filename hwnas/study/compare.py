@@ -161,9 +161,10 @@ def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
             " 3, 4]."
         )
     # The cost of a search would not include that of the weights it starts from.
-    if experiment.search.weights is not None or experiment.search.backbone is not None:
+    search = experiment.search
+    if search.weights is not None or search.backbone is not None or search.pretrained is not None:
         raise ConfigError(
-            "search.weights and search.backbone start a search from trained weights, but a"
+            "search.weights, backbone and pretrained start a search from trained weights, but a"
             " comparison starts from scratch: remove them."
         )
     has_budget = experiment.search.table is not None or not experiment.search.by_table

@@ -19,12 +19,19 @@ if TYPE_CHECKING:  # see hwnas/lazy.py
 def load_initial_weights(network: Network, ctx: StageContext) -> None:
     """Copy the weights that the settings name into a new network, in place.
 
-    ``train.weights = "supernet"`` replaces all weights, ``train.backbone`` then those
-    of the blocks that both networks have. With neither, nothing changes.
+    ``train.weights = "supernet"`` replaces all weights, ``train.backbone`` those of the
+    blocks that both networks have, ``train.pretrained`` all that can be remapped. With
+    none of them, nothing changes.
     """
     from hwnas.nn.checkpoint import load_network
 
     config = ctx.experiment.train
+    if config.pretrained is not None:
+        from hwnas.nn.pretrained import load_pretrained, read_pretrained
+
+        key = "train.pretrained"
+        pretrained = read_pretrained(config.pretrained, config.pretrained_model, key)
+        ctx.progress.info(load_pretrained(network, pretrained, key))
     if config.weights == "supernet":
         inherited = load_network(ctx.path("search", "supernet.safetensors"))
         network.load_state_dict(inherited.state_dict())

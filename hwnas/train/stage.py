@@ -59,6 +59,10 @@ class Train(Stage):
         arch = None
         if config.arch is not None:
             arch = architecture(experiment, space, Path())
+        if config.pretrained is not None:
+            from hwnas.nn.pretrained import read_pretrained
+
+            read_pretrained(config.pretrained, config.pretrained_model, "train.pretrained")
         if config.backbone is not None:
             if arch is not None:
                 trained_backbone(config.backbone, arch)
@@ -108,6 +112,12 @@ class Train(Stage):
                     "train.weights = 'supernet' needs a super-net of full size, and this one was a"
                     " proxy: set train.weights = 'scratch'."
                 )
+        if config.pretrained is not None:
+            from hwnas.nn.pretrained import pretrained_file
+
+            files["pretrained"] = file_sha256(
+                pretrained_file(config.pretrained, "train.pretrained")
+            )
         if config.backbone is not None:
             files["backbone"] = file_sha256(trained_backbone(config.backbone, arch))
         data = self.at.hashes_of_data("train", "test")
@@ -118,7 +128,7 @@ class Train(Stage):
         """The architecture, the number of epochs, and the initial weights."""
         config = self.at.experiment.train
         arch = config.arch or "the searched architecture"
-        weights = config.backbone or config.weights
+        weights = config.pretrained or config.backbone or config.weights
         return f"{arch} for {config.epochs:g} epochs, weights from {weights}"
 
     def run(self, ctx: StageContext) -> None:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hwnas.config import TrainConfig
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.engine import Engine, Metrics, steps_of
 from hwnas.networks import data_for
 from hwnas.nn.checkpoint import save_network
+from hwnas.nn.freezing import Freezable
 from hwnas.nn.network import Network, network_of
 from hwnas.runs import StageContext
 from hwnas.task import EvaluationSettings, evaluate, task_of
@@ -31,10 +33,17 @@ class TrainingRun:
     test: Images
     batches: Iterator[Batch]
     validation: Validation
+    frozen_steps: int = 0
+    """In how many steps, from the first, the backbone is not trained."""
+    freezes_norms: bool = False
+    """Whether the BNs of the backbone never change."""
 
     def step(self, number: int) -> Metrics:
         """One update on the next batch."""
-        del number  # ``batches`` begins at the engine's step and moves along with it
+        network = self.engine.model
+        assert isinstance(network, Freezable)
+        network.freeze(weights=number < self.frozen_steps, norms=self.freezes_norms)
+        # ``batches`` begins at the engine's step and moves along with it
         return self.engine.train_step(*next(self.batches))
 
 
@@ -71,7 +80,15 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     batches = training_batches(
         train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
     )
-    return TrainingRun(engine, test, batches, validation)
+    frozen_steps = round(config.freeze * steps)
+    return TrainingRun(engine, test, batches, validation, frozen_steps, config.freeze_bn)
+
+
+def _initial_weights(config: TrainConfig) -> str:
+    """Where the weights of a training came from, for its result."""
+    if config.pretrained is not None:
+        return "pretrained"
+    return config.weights if config.backbone is None else "backbone"
 
 
 def run(ctx: StageContext, arch: Architecture) -> None:
@@ -94,7 +111,7 @@ def run(ctx: StageContext, arch: Architecture) -> None:
     task.record(ctx.folder, trained, test, evaluated)
     result = TrainResult(
         architecture_sha256=arch.sha256,
-        weights=config.weights if config.backbone is None else "backbone",
+        weights=_initial_weights(config),
         steps=engine.steps,
         seed=engine.seed,
         task=task.name,

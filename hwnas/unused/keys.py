@@ -441,7 +441,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.batch_size": (ARCH_GIVEN,),
     **{
         f"search.optimizer.{key}": _TRAINED
-        for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
+        for key in ("name", "lr", "weight_decay", "options", "warmup", "layer_decay", "clip_norm")
     },
     "search.optimizer.momentum": (*_TRAINED, NO_SEARCH_MOMENTUM),
     "search.optimizer.inactive_weights": (*_TRAINED, NO_SHARED_WEIGHTS),
@@ -470,6 +470,8 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.data_portion": _TRAINED,
     "search.weights": (ARCH_GIVEN,),
     "search.backbone": (ARCH_GIVEN,),
+    "search.pretrained": (ARCH_GIVEN,),
+    "search.pretrained_model": (ARCH_GIVEN,),
     "search.quality": (ARCH_GIVEN,),
     "search.finder": (ARCH_GIVEN, NO_FINDER, NOT_RANK, NOT_SHRINK),
     "search.limits": (ARCH_GIVEN,),
@@ -482,12 +484,22 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "detector.scores": (CLASSIFIES, ARCH_HAS_DETECTOR),
     "detector.post_processing": (CLASSIFIES,),
     **dict.fromkeys(
-        ("train.arch", "train.weights", "train.backbone", "train.epochs", "train.batch_size"),
+        (
+            "train.arch",
+            "train.weights",
+            "train.backbone",
+            "train.pretrained",
+            "train.pretrained_model",
+            "train.freeze",
+            "train.freeze_bn",
+            "train.epochs",
+            "train.batch_size",
+        ),
         ALWAYS_READ,
     ),
     **{
         f"train.optimizer.{key}": ALWAYS_READ
-        for key in ("name", "lr", "weight_decay", "options", "warmup", "clip_norm")
+        for key in ("name", "lr", "weight_decay", "options", "warmup", "layer_decay", "clip_norm")
     },
     "train.optimizer.momentum": (NO_TRAIN_MOMENTUM,),
     "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),

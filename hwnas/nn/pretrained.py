@@ -1,0 +1,474 @@
+"""Reads the weights of a trained network that another one starts from: of hwnas, of timm,
+or of anybody whose network consists of mobile blocks.
+
+Only the shapes of layers and their order say what a network is, so no list of names has
+to be kept up: a convolution with one filter per channel is depthwise, what widens its
+input before it is the expansion, and what follows is the projection, with
+squeeze-and-excitation in between if two layers without BN narrow and widen again.
+
+PyTorch's files keep the order of the layers. Those of safetensors do not, so they need
+the name of timm's model, unless hwnas wrote them, or a ``config.json`` beside the file
+names the model, as on the Hugging Face Hub. Files are opened without unpickling
+anything but tensors, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from timm.models import load_state_dict
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor, nn
+
+from hwnas.core.ops import Classifier, Conv, Head, Op, separable
+from hwnas.document import nearest, user_path
+from hwnas.errors import CheckpointError, ConfigError, SpaceError
+from hwnas.failures import is_out_of_memory
+from hwnas.nn.checkpoint import first_line, load_network
+from hwnas.nn.network import Network
+from hwnas.nn.remapping import (
+    RemappingOptions,
+    SeedBlock,
+    State,
+    TargetBlock,
+    begins_stage,
+    remap,
+)
+from hwnas.nn.shared import GatedNetworks
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+"""What the names of weight files end in."""
+LEAST_SHARE = 0.1
+"""The smallest share of the parameters that is worth starting from (our choice)."""
+PLAIN = RemappingOptions()
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The blocks of a trained network, and where they come from. ``bn_eps`` is the epsilon
+    of its BNs, if it is known.
+    """
+
+    blocks: tuple[SeedBlock, ...]
+    title: str
+    bn_eps: float | None = None
+
+    def with_bn_eps(self, bn_eps: float) -> Pretrained:
+        """For BNs with another epsilon: with other scales, they compute the same."""
+        if self.bn_eps in (None, bn_eps):
+            return self
+        blocks = []
+        for block in self.blocks:
+            state = dict(block.state)
+            for name, variance in block.state.items():
+                if name.endswith("norm.running_var"):
+                    scale = name.removesuffix("running_var") + "weight"
+                    factor = ((variance + bn_eps) / (variance + self.bn_eps)).sqrt()
+                    state[scale] = state[scale] * factor
+            blocks.append(replace(block, state=state))
+        return replace(self, blocks=tuple(blocks), bn_eps=bn_eps)
+
+    def with_channels(self, channels: int) -> Pretrained:
+        """For images of another number of channels, by timm's ``adapt_input_conv``: one
+        channel gets the sum of the weights of all.
+        """
+        stem = self.blocks[0]
+        if stem.op.in_ch == channels:
+            return self
+        name = f"{stem.op.WEIGHTS}conv.conv.weight"
+        weight = adapt_input_conv(channels, stem.state[name], stem.op.in_ch)
+        state = {**stem.state, name: weight}
+        first = replace(stem, op=replace(stem.op, in_ch=channels), state=state)
+        return replace(self, blocks=(first, *self.blocks[1:]))
+
+
+@dataclass
+class _Layer:
+    """A convolution or a fully connected layer of a file, with the BN after it. A file does
+    not say what its ``stride`` is.
+    """
+
+    weight: Tensor
+    stride: int | None = None
+    bias: Tensor | None = None
+    norm: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def out_ch(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_ch(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def kernel(self) -> int:
+        return self.weight.shape[-1] if self.weight.dim() == 4 else 1
+
+    @property
+    def is_linear(self) -> bool:
+        return self.weight.dim() == 2
+
+    @property
+    def is_depthwise(self) -> bool:
+        return not self.is_linear and self.in_ch == 1 and self.out_ch > 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel == 1 and not self.is_depthwise
+
+    def state(self, name: str) -> State:
+        """Its tensors, as those of the layer ``name`` of a block."""
+        if self.is_linear and name == "linear":
+            tensors = {"weight": self.weight}
+        else:
+            weight = self.weight if self.weight.dim() == 4 else self.weight[..., None, None]
+            tensors = {"conv.weight": weight}
+        if self.bias is not None:
+            tensors["bias" if name == "linear" else "conv.bias"] = self.bias
+        tensors |= {f"norm.{key}": tensor for key, tensor in self.norm.items()}
+        return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def pretrained_file(source: str, key: str) -> Path:
+    """The file of the weights that the configuration's ``key`` names: a file, a run's folder
+    or its ``train`` folder, or a timm model whose weights are in its cache.
+
+    Raises ConfigError if there is no such file.
+    """
+    path = user_path(source, key)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for file in (path / "model.safetensors", path / "train" / "model.safetensors"):
+            if file.is_file():
+                return file
+        raise ConfigError(
+            f"{key} = {source!r} has no model.safetensors: name the folder of a finished training"
+            " run, or a file."
+        )
+    if Path(source).suffix in SUFFIXES or len(Path(source).parts) > 1:
+        raise ConfigError(f"{key} = {source!r} does not exist: check the path.")
+    return _cached(source, key)
+
+
+def _cached(name: str, key: str) -> Path:
+    """The weights of a timm model in the caches of the Hugging Face Hub and of PyTorch."""
+    config = _timm_config(name, key)
+    if config.hf_hub_id is not None:
+        for file_name in ("model.safetensors", "pytorch_model.bin"):
+            cached = try_to_load_from_cache(config.hf_hub_id, config.hf_hub_filename or file_name)
+            if isinstance(cached, str):
+                return Path(cached)
+    if config.url:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"{key} = {name!r}: timm's weights are not in the cache of this computer: download them"
+        f" with timm.create_model({name!r}, pretrained=True), or name a file and set"
+        f" {key}_model = {name!r}."
+    )
+
+
+def _timm_config(name: str, key: str) -> Any:
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"{key} = {name!r} is neither a file or folder nor a model of timm;"
+            f" {nearest(name, timm.list_models())}"
+        )
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise ConfigError(f"{key} = {name!r}: timm has no weights of this model: choose another.")
+    return config
+
+
+def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
+    """The network of ``pretrained_file``. ``model`` is the name of the timm model that a
+    file holds.
+
+    Raises ConfigError if the file is not known to hold a network of mobile blocks, and
+    CheckpointError if it is damaged.
+    """
+    path = pretrained_file(source, key)
+    metadata = _metadata(path) if path.suffix == ".safetensors" else {}
+    if "supernet" in metadata:
+        raise ConfigError(
+            f"{key} = {source!r} is a super-net: name a trained network, or set search.backbone to"
+            " the super-net."
+        )
+    if "architecture" in metadata:
+        network = load_network(path)
+        blocks = zip(network.arch.ops(), network.blocks, strict=False)
+        seeds = tuple(SeedBlock(op, block.state_dict(), begins_stage(op)) for op, block in blocks)
+        title = f"{network.arch.name} ({source})"
+        return Pretrained(seeds, title, network.arch.bn_eps)
+
+    state = _read_tensors(path)
+    model = model or _named_model(source, path)
+    bn_eps = None
+    strides: Mapping[str, int] = {}
+    if model is not None:
+        theirs = _model_of(state, model, f"{key}_model")
+        state = {name: state[name] for name in theirs.state_dict() if name in state}
+        modules = dict(theirs.named_modules())
+        strides = {n: part.stride[0] for n, part in modules.items() if isinstance(part, nn.Conv2d)}
+        bn_eps = next((p.eps for p in modules.values() if isinstance(p, nn.BatchNorm2d)), None)
+    elif path.suffix == ".safetensors":
+        raise ConfigError(
+            f"{key} = {source!r} does not say in which order its layers run: set {key}_model to"
+            " the timm model that the weights are of."
+        )
+    try:
+        blocks_of_file = tuple(_blocks(list(_layers(state, strides))))
+    except SpaceError as error:
+        raise ConfigError(
+            f"{key} = {source!r} is not a network of mobile blocks: {error}"
+        ) from error
+    if not any(block.op.kind in ("mbconv", "dsconv") for block in blocks_of_file):
+        raise ConfigError(
+            f"{key} = {source!r} has no separable convolutions, so none of its weights fit: name"
+            " the weights of a mobile network, such as efficientnet_lite0 or mobilenetv2_100."
+        )
+    return Pretrained(blocks_of_file, source, bn_eps)
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says about itself."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} does not hold weights that can be read safely ({first_line(error)}): save a"
+        " state_dict by torch.save, or as safetensors."
+    )
+
+
+def _named_model(source: str, path: Path) -> str | None:
+    """The name of timm's model, if it is the source itself or stands in a ``config.json``
+    beside the file.
+    """
+    if timm.is_model(source):
+        return source
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        name = json.loads(config.read_text()).get("architecture")
+    except (ValueError, AttributeError, OSError):
+        return None
+    return name if isinstance(name, str) and timm.is_model(name) else None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_state_dict(str(path), use_ema=True, weights_only=True)
+    except (
+        SafetensorError,
+        UnpicklingError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _unreadable(path, error) from error
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors: save the state_dict of a network.")
+    return tensors
+
+
+def _model_of(state: Mapping[str, Tensor], model: str, key: str) -> nn.Module:
+    """timm's model, without weights. Raises ConfigError if the tensors are another's."""
+    if not timm.is_model(model):
+        raise ConfigError(
+            f"{key} = {model!r} is not a model of timm; {nearest(model, timm.list_models())}"
+        )
+    with torch.device("meta"):
+        network: nn.Module = timm.create_model(model)
+    names = [name for name in network.state_dict() if "num_batches" not in name]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ConfigError(
+            f"{key} = {model!r} is not the model of the weights, which lack {missing[0]} and"
+            f" {len(missing) - 1} more: name the model that they are of."
+        )
+    return network
+
+
+def _layers(state: Mapping[str, Tensor], strides: Mapping[str, int]) -> Iterator[_Layer]:
+    """The layers, in the order of the file. A BN belongs to the layer before it.
+    ``strides`` are those of the convolutions by name, if they are known.
+    """
+    layer: _Layer | None = None
+    owner = ""
+    for name, tensor in state.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind == "weight" and tensor.dim() in (2, 4):
+            if layer is not None:
+                yield layer
+            layer = _Layer(tensor.float(), strides.get(prefix))
+            owner = prefix
+        elif layer is None or tensor.dim() != 1:
+            continue
+        elif kind == "bias" and prefix == owner:
+            layer.bias = tensor.float()
+        elif kind in NORM and len(tensor) == layer.out_ch:
+            layer.norm[kind] = tensor.float()
+    if layer is not None:
+        yield layer
+
+
+def _blocks(layers: Sequence[_Layer]) -> Iterator[SeedBlock]:
+    """Layers as the blocks that they make up. Raises SpaceError if a layer does not fit."""
+    position = 0
+    last: set[str] = set()
+    while position < len(layers):
+        rest = layers[position:]
+        # the filters of a stem for grey images look like those of a depthwise convolution
+        named = _separable(rest) if position else {}
+        if named:
+            op = _separable_op(named)
+        else:
+            op, named = _single(rest[0], last=len(rest) == 1)
+        state: dict[str, Tensor] = {}
+        for name, layer in named.items():
+            for key, tensor in layer.state(name).items():
+                state[op.WEIGHTS + key] = tensor
+        stride = max(layer.stride or 1 for layer in named.values())
+        # without strides, a stage of the same width can still be told by other layers
+        other = stride > 1 or (rest[0].stride is None and named.keys() != last)
+        yield SeedBlock(op, state, op.in_ch != op.out_ch or other)
+        position += len(named)
+        last = set(named)
+
+
+def _separable(layers: Sequence[_Layer]) -> dict[str, _Layer]:
+    """The layers of the block that begins with an expansion or a depthwise convolution, by
+    the names of ``hwnas.core.ops``; empty if no such block begins here.
+    """
+    named: dict[str, _Layer] = {}
+    rest = list(layers)
+    if len(rest) > 1 and rest[0].is_pointwise and rest[1].is_depthwise:
+        named["expand"] = rest.pop(0)
+    if not rest[0].is_depthwise:
+        return {}
+    depthwise = named["depthwise"] = rest.pop(0)
+    if "expand" in named and named["expand"].out_ch != depthwise.out_ch:
+        return {}
+    if len(rest) > 2 and _squeezes(rest[0], rest[1], depthwise.out_ch):
+        named["se.reduce"] = rest.pop(0)
+        named["se.expand"] = rest.pop(0)
+    if not rest or not rest[0].is_pointwise or rest[0].in_ch != depthwise.out_ch:
+        return {}
+    named["project"] = rest.pop(0)
+    return named
+
+
+def _separable_op(named: Mapping[str, _Layer]) -> Op:
+    depthwise = named["depthwise"]
+    squeeze = named.get("se.reduce")
+    se_ch = 0 if squeeze is None else squeeze.out_ch
+    out_ch = named["project"].out_ch
+    if "expand" in named:
+        in_ch = named["expand"].in_ch
+        return separable(1, in_ch, out_ch, depthwise.out_ch, kernel=depthwise.kernel, se_ch=se_ch)
+    return separable(1, depthwise.out_ch, out_ch, kernel=depthwise.kernel, se_ch=se_ch)
+
+
+def _squeezes(first: _Layer, second: _Layer, channels: int) -> bool:
+    """Whether two layers are squeeze-and-excitation."""
+    return (
+        not first.norm
+        and not second.norm
+        and first.is_pointwise
+        and first.in_ch == second.out_ch == channels
+        and first.out_ch == second.in_ch
+    )
+
+
+def _single(layer: _Layer, last: bool) -> tuple[Op, dict[str, _Layer]]:
+    """A block of one layer, and that layer by name."""
+    if layer.is_linear and last:
+        return Classifier(1, layer.in_ch, layer.out_ch), {"linear": layer}
+    if layer.is_pointwise and layer.bias is not None and not layer.norm:
+        return Head(1, layer.in_ch, layer.out_ch), {"conv": layer}
+    return Conv(1, layer.in_ch, layer.out_ch, layer.kernel), {"conv": layer}
+
+
+def load_pretrained(network: Network, pretrained: Pretrained, key: str) -> str:
+    """Start a network from the weights of another one, in place. Returns in words what
+    was done.
+
+    Raises ConfigError, which names the configuration's ``key``, if the network is a graph
+    and not a chain of blocks, or if next to nothing fits.
+    """
+    arch = network.arch
+    if arch.graph:
+        raise ConfigError(
+            f"{key}: {arch.name!r} is a graph of cells, and weights are only remapped between"
+            " chains of blocks: remove it."
+        )
+    target = []
+    # a detector's extra layers and heads have no counterpart
+    for op, block in zip(arch.blocks, network.blocks, strict=False):
+        target.append(TargetBlock([(op, block.state_dict())], begins_stage(op)))
+    return _remapped(target, network, pretrained, key, arch.bn_eps)
+
+
+def load_pretrained_supernet(supernet: GatedNetworks, pretrained: Pretrained, key: str) -> str:
+    """Start all options of a super-net of blocks in a chain from the weights of a network,
+    in place. Returns in words what was done. Raises ConfigError, which names the
+    configuration's ``key``, if next to nothing fits.
+    """
+    options = RemappingOptions(sorts=True, tracks=supernet.config.bn_track)
+    bn_eps = supernet.space.bn_eps
+    return _remapped(supernet.target_blocks(), supernet, pretrained, key, bn_eps, options)
+
+
+def _remapped(
+    target: Sequence[TargetBlock],
+    network: nn.Module,
+    pretrained: Pretrained,
+    key: str,
+    bn_eps: float,
+    options: RemappingOptions = PLAIN,
+) -> str:
+    """``remap``, in words. ``target`` are the blocks of ``network``. Raises ConfigError if
+    next to nothing fits.
+    """
+    before = [weight.detach().clone() for weight in network.parameters()]
+    seed = pretrained.with_channels(target[0].op.in_ch).with_bn_eps(bn_eps)
+    remapped = remap(target, seed.blocks, options)
+    total = sum(weight.numel() for weight in before)
+    taken = sum(
+        int((weight != old).sum()) for weight, old in zip(network.parameters(), before, strict=True)
+    )
+    if taken < LEAST_SHARE * total:
+        raise ConfigError(
+            f"{key}: only {taken / total:.1%} of the parameters can start from {pretrained.title}:"
+            " name weights of a network with similar blocks and widths."
+        )
+    return (
+        f"weights of {pretrained.title}: {remapped.text}; {taken / total:.0%} of"
+        f" {total / 1e6:.2f} M parameters"
+    )
