@@ -21,6 +21,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -29,6 +30,7 @@ from timm.models import load_state_dict
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
+from hwnas.config import DataConfig
 from hwnas.core.ops import Classifier, Conv, Head, Op, separable
 from hwnas.document import nearest, user_path
 from hwnas.errors import CheckpointError, ConfigError, SpaceError
@@ -44,6 +46,9 @@ from hwnas.nn.remapping import (
     remap,
 )
 from hwnas.nn.shared import GatedNetworks
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 """What the names of weight files end in."""
@@ -62,6 +67,24 @@ class Pretrained:
     blocks: tuple[SeedBlock, ...]
     title: str
     bn_eps: float | None = None
+    normalisation: Normalisation | None = None
+    """Mean and standard deviation of each channel of the images that it was trained on, if
+    they are known.
+    """
+
+    def note(self, data: DataConfig) -> str | None:
+        """What to change if the images are normalised differently from those of the weights;
+        None if they are not, or if that is unknown.
+        """
+        if self.normalisation is None or data.channels != len(self.normalisation[0]):
+            return None
+        if np.allclose(self.normalisation, (data.mean, data.std), atol=0.01):
+            return None
+        mean, std = (list(values) for values in self.normalisation)
+        return (
+            f"note: {self.title} was trained on images normalised by data.mean = {mean} and"
+            f" data.std = {std}: set them for a better start."
+        )
 
     def with_bn_eps(self, bn_eps: float) -> Pretrained:
         """For BNs with another epsilon: with other scales, they compute the same."""
@@ -217,12 +240,15 @@ def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
     state = _read_tensors(path)
     model = model or _named_model(source, path)
     bn_eps = None
+    normalisation = None
     strides: Mapping[str, int] = {}
     if model is not None:
         theirs = _model_of(state, model, f"{key}_model")
         state = {name: state[name] for name in theirs.state_dict() if name in state}
         modules = dict(theirs.named_modules())
         strides = {n: part.stride[0] for n, part in modules.items() if isinstance(part, nn.Conv2d)}
+        config = timm.get_pretrained_cfg(model)
+        normalisation = None if config is None else (config.mean, config.std)
         bn_eps = next((p.eps for p in modules.values() if isinstance(p, nn.BatchNorm2d)), None)
     elif path.suffix == ".safetensors":
         raise ConfigError(
@@ -240,7 +266,7 @@ def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
             f"{key} = {source!r} has no separable convolutions, so none of its weights fit: name"
             " the weights of a mobile network, such as efficientnet_lite0 or mobilenetv2_100."
         )
-    return Pretrained(blocks_of_file, source, bn_eps)
+    return Pretrained(blocks_of_file, source, bn_eps, normalisation)
 
 
 def _metadata(path: Path) -> Mapping[str, str]:

@@ -68,6 +68,9 @@ def run(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> No
         key = "search.pretrained"
         pretrained = read_pretrained(config.pretrained, config.pretrained_model, key)
         progress.info(load_pretrained_supernet(evaluator.supernet, pretrained, key))
+        note = pretrained.note(experiment.data)
+        if note is not None:
+            progress.info(note)
     if config.backbone is not None:
         backbone = supernet_path(config.backbone, "search.backbone")
         progress.info(str(evaluator.supernet.load_backbone(backbone)))

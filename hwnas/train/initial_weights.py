@@ -32,6 +32,9 @@ def load_initial_weights(network: Network, ctx: StageContext) -> None:
         key = "train.pretrained"
         pretrained = read_pretrained(config.pretrained, config.pretrained_model, key)
         ctx.progress.info(load_pretrained(network, pretrained, key))
+        note = pretrained.note(ctx.experiment.data)
+        if note is not None:
+            ctx.progress.info(note)
     if config.weights == "supernet":
         inherited = load_network(ctx.path("search", "supernet.safetensors"))
         network.load_state_dict(inherited.state_dict())

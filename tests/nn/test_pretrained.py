@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hwnas.config import SupernetConfig
+from hwnas.config import DataConfig, SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Classifier, Conv, DSConv, MBConv, Op
 from hwnas.core.spaces import mobile32, published
@@ -155,6 +155,18 @@ def test_a_name_of_timm_is_found_in_the_cache(
     torch.save(theirs.state_dict(), cached)
     ours = started(published("mobilenet_v2-w0.5", resolution=32), name)
     torch.testing.assert_close(logits(ours, 32), logits(theirs, 32), rtol=1e-4, atol=1e-4)
+
+
+def test_another_normalisation_is_noted(tmp_path: Path) -> None:
+    torch.save(timm.create_model("mobilenetv2_035").state_dict(), tmp_path / "a.pth")
+    pretrained = read_pretrained(str(tmp_path / "a.pth"), "mobilenetv2_035", KEY)
+    imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "channels": 3}
+    assert pretrained.note(DataConfig.model_validate(imagenet)) is None
+    halves = {**imagenet, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    note = pretrained.note(DataConfig.model_validate(halves))
+    assert note is not None and "data.mean = [0.485, 0.456, 0.406]" in note
+    grey = {"mean": (0.5,), "std": (0.5,), "channels": 1}
+    assert pretrained.note(DataConfig.model_validate(grey)) is None
 
 
 def test_grey_images_get_the_sum_over_the_colours(tmp_path: Path) -> None:
