@@ -329,7 +329,7 @@ def test_a_failed_search_is_reported_and_leaves_the_others(
             "no architecture of .*truth.csv has 538 to 1000 MACs; they have",
         ),
         ({"limits": [{"kind": "params", "max_params": 1}]}, {}, "params"),
-        ({"weights": "x"}, {}, "search.weights and search.backbone"),
+        ({"weights": "x"}, {}, "search.weights, search.backbone and search.pretrained"),
         ({"table": "x.json"}, {}, "remove it, or limit MACs"),
     ],
 )
