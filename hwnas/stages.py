@@ -34,6 +34,11 @@ STAGES = {
 def configured_table(table: str) -> Path:
     """The path of ``search.table``. Raises UserError if the file does not exist."""
     path = user_path(table, "search.table")
+    if path.is_dir():
+        raise UserError(
+            f"search.table = {table!r} is a folder: name the table in it, for instance"
+            f" {str(path / 'profile' / 'table.json')!r} of a run."
+        )
     if not path.is_file():
         raise UserError(f"search.table = {table!r} does not exist: check the path.")
     return path

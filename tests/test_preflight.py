@@ -120,6 +120,7 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ),
         (["search.supernet.proxy_resolution=32"], "search.supernet.proxy_resolution = 32"),
         (["search.table=absent.json"], "search.table = 'absent.json' does not exist"),
+        (["search.table=latency_tables"], "search.table = 'latency_tables' is a folder: name the"),
         (["search.backbone=absent"], "search.backbone initialises a super-net of detectors"),
         (["search.weights=absent"], "search.weights = 'absent'"),
         (["train.arch=mobilenet_v22"], "did you mean 'mobilenet_v2'"),
