@@ -157,7 +157,9 @@ class Criterion(Protocol):
 
 
 class CrossEntropy(nn.Module):
-    """The criterion of classifiers: cross-entropy of logits [N, classes] and labels [N]."""
+    """The criterion of classifiers: cross-entropy of logits [N, classes] and labels [N], or
+    probabilities [N, classes], which are not smoothed again.
+    """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -165,8 +167,13 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss, and the accuracy on the batch (``train_accuracy``)."""
-        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        return loss, {"train_accuracy": (logits.detach().argmax(1) == y).float().mean()}
+        if y.dim() == 1:
+            labels = y
+            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        else:
+            labels = y.argmax(1)
+            loss = F.cross_entropy(logits, y)
+        return loss, {"train_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
 
 
 @dataclass(frozen=True)

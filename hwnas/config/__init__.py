@@ -29,6 +29,7 @@ from hwnas.config.study import (
 )
 from hwnas.config.tables import (
     IMAGE_LABELS,
+    AugmentationConfig,
     DataConfig,
     DetectorConfig,
     DeviceConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "IMAGE_LABELS",
     "NMS_FORMATS",
     "TARGETS",
+    "AugmentationConfig",
     "CompareConfig",
     "DataConfig",
     "DetectorConfig",

@@ -15,6 +15,7 @@ from hwnas.config.search import SearchConfig
 from hwnas.config.study import ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
     IMAGE_LABELS,
+    AugmentationConfig,
     DataConfig,
     DetectorConfig,
     DeviceConfig,
@@ -106,6 +107,11 @@ class Experiment(Section):
                 " task = 'detect'"
             )
         # refused instead of ignored: these keys would silently mean nothing
+        if detects and self.train.augmentation != AugmentationConfig():
+            raise ValueError(
+                "train.augmentation is for classifiers; remove it, and choose data.augment = 'ssd'"
+                " or 'ssdlite' for a detector"
+            )
         if detects and self.export.softmax:
             raise ValueError(
                 "export.softmax is for classifiers, and a detector's files have scores already;"

@@ -419,12 +419,45 @@ class DetectorConfig(Section):
     )
 
 
+class AugmentationConfig(Section):
+    """What training does to images beyond ``data.augment``. For classification; see
+    docs/training.md.
+    """
+
+    auto: str = Field(
+        "none",
+        max_length=100,
+        description=(
+            "policy: none, randaugment, autoaugment, trivialaugment (torchvision's), or a string of"
+            " timm such as rand-m9-mstd0.5-inc1"
+        ),
+    )
+    erasing: float = Field(
+        0.0, ge=0, le=1, description="probability that a random rectangle becomes noise"
+    )
+    mixup: float = Field(
+        0.0, ge=0, le=100, description="alpha of mixup, which blends pairs of images; 0: none"
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="alpha of CutMix, which pastes a rectangle of another image; 0: none",
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the images of a batch are blended."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
 TRAIN_UNSET: dict[str, Any] = {
     "validate_every": None,
     "pretrained": None,
     "pretrained_model": None,
     "freeze": 0.0,
     "freeze_bn": False,
+    "augmentation": AugmentationConfig().model_dump(),
 }
 """Keys of ``train`` that are left out of documents at these values, their defaults."""
 
@@ -491,6 +524,7 @@ class TrainConfig(Section):
         ),
     )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing of a classifier")
+    augmentation: AugmentationConfig = AugmentationConfig()
     dropout: float = Field(
         0.0,
         ge=0,
@@ -523,6 +557,15 @@ class TrainConfig(Section):
         """
         content: dict[str, Any] = handler(self)
         return without_defaults(content, TRAIN_UNSET)
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.augmentation.mixes and self.batch_size % 2:
+            raise ValueError(
+                f"train.batch_size = {self.batch_size} is odd, and mixup and CutMix blend images in"
+                " pairs; choose an even number"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_pretrained(self) -> Self:

@@ -79,9 +79,16 @@ class ArrayImages(Images):
             # all requests of a batch have the same seed
             rng = np.random.default_rng(requests[0][1])
             x_NCHW = _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
+        further = self.training_augmentation
+        seeds = [draw + index for index, draw in requests]
+        if further is not None:
+            x_NCHW = further.pictures(x_NCHW, seeds)
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         normalised = (x_NCHW.float() / 255.0 - mean) / std
+        if further is not None:
+            for x_CHW, seed in zip(normalised, seeds, strict=True):
+                further.erased(x_CHW, seed)  # in place
         return normalised.contiguous(), torch.from_numpy(self.labels[indices])
 
 

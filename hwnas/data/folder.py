@@ -107,7 +107,15 @@ class FolderImages(Images):
         with torch.random.fork_rng(devices=[]):
             # the batch has one seed, so the index keeps its images apart
             torch.manual_seed((draw + index) % 2**63)
-            tensor: torch.Tensor = self.normalised(self._fitted(image))
+            fitted = self._fitted(image)
+        further = self.training_augmentation
+        if further is None:
+            return self._normalised(fitted)
+        fitted = further.picture(fitted, draw + index)
+        return further.erased(self._normalised(fitted), draw + index)
+
+    def _normalised(self, image: Image) -> torch.Tensor:
+        tensor: torch.Tensor = self.normalised(image)
         return tensor
 
     def _fitted(self, image: Image) -> Image:

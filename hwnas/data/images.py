@@ -25,6 +25,8 @@ from hwnas.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hwnas.data.training_augmentation import TrainingAugmentation
+
 Batch: TypeAlias = "tuple[Tensor, Tensor]"
 """Normalised images float32 [N, C, H, W] and labels int64 [N]; for detection, boxes
 float32 [N, M, 5] (see ``data/coco.py``).
@@ -51,6 +53,8 @@ class Images:
 
     labels: np.ndarray
     names: tuple[str, ...]
+    training_augmentation: TrainingAugmentation | None = None
+    """What training does to images beyond ``data.augment``."""
 
     def __len__(self) -> int:
         return len(self.labels)

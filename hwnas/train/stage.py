@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hwnas.config import Experiment
+from hwnas.config import AugmentationConfig, Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.search_space import SearchSpace
 from hwnas.document import file_sha256
@@ -59,6 +59,10 @@ class Train(Stage):
         arch = None
         if config.arch is not None:
             arch = architecture(experiment, space, Path())
+        if config.augmentation != AugmentationConfig():
+            from hwnas.data.training_augmentation import TrainingAugmentation
+
+            TrainingAugmentation(config.augmentation, experiment.data)
         if config.pretrained is not None:
             from hwnas.nn.pretrained import read_pretrained
 

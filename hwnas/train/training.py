@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from hwnas.config import TrainConfig
+from hwnas.config import AugmentationConfig, TrainConfig
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Batch, Images, load_images, training_batches
+from hwnas.data.training_augmentation import Mixing, TrainingAugmentation
 from hwnas.engine import Engine, Metrics, steps_of
 from hwnas.networks import data_for
 from hwnas.nn.checkpoint import save_network
@@ -33,6 +35,7 @@ class TrainingRun:
     test: Images
     batches: Iterator[Batch]
     validation: Validation
+    mixing: Mixing | None = None
     frozen_steps: int = 0
     """In how many steps, from the first, the backbone is not trained."""
     freezes_norms: bool = False
@@ -44,7 +47,11 @@ class TrainingRun:
         assert isinstance(network, Freezable)
         network.freeze(weights=number < self.frozen_steps, norms=self.freezes_norms)
         # ``batches`` begins at the engine's step and moves along with it
-        return self.engine.train_step(*next(self.batches))
+        x_NCHW, y = next(self.batches)
+        if self.mixing is not None:
+            seed = int(np.random.default_rng([self.engine.seed, number, 2]).integers(2**62))
+            x_NCHW, y = self.mixing(x_NCHW, y, seed)
+        return self.engine.train_step(x_NCHW, y)
 
 
 def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
@@ -54,6 +61,12 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     data = data_for(ctx.experiment, arch)
     train = load_images(data, "all", augment=True)
     test = load_images(data, "test")
+    augmentation = config.augmentation
+    if augmentation != AugmentationConfig():
+        train.training_augmentation = TrainingAugmentation(augmentation, data)
+    mixing = None
+    if augmentation.mixes:
+        mixing = Mixing(augmentation, data.classes, config.label_smoothing)
     generator = torch.Generator().manual_seed(seed)
     network = network_of(arch, dropout=config.dropout, generator=generator)
     load_initial_weights(network, ctx)
@@ -81,7 +94,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
     )
     frozen_steps = round(config.freeze * steps)
-    return TrainingRun(engine, test, batches, validation, frozen_steps, config.freeze_bn)
+    return TrainingRun(engine, test, batches, validation, mixing, frozen_steps, config.freeze_bn)
 
 
 def _initial_weights(config: TrainConfig) -> str:

@@ -505,6 +505,8 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),
     "train.bn_momentum": ALWAYS_READ,
     "train.label_smoothing": (DETECTS,),
+    # refused for detectors
+    "train.augmentation": ALWAYS_READ,
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS_READ,
     # DataConfig refuses contradictions.
