@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from hwnas import interruption
 from hwnas.config import OptimizerConfig
+from hwnas.config.search import ConstantSchedule, CosineSchedule, StepSchedule
 from hwnas.core.cost import UNITS
 from hwnas.errors import CheckpointError, ConfigError, DivergenceError
 from hwnas.failures import is_out_of_memory
@@ -45,6 +46,8 @@ from hwnas.state_file import StateFile
 
 Metrics = dict[str, float]
 
+COSINE = CosineSchedule()
+"""The schedule without settings."""
 
 DEFAULT_OPTIONS = {"rmsproptf": {"alpha": 0.9, "eps": 1.0}}
 """Optimiser name -> options used unless the configuration sets ``options``. Those of
@@ -315,7 +318,11 @@ class Engine:
     @property
     def lr(self) -> float:
         """The learning rate of this step."""
-        return self.base_lr * lr_factor(self.step, self.steps, self.optimizer_config.warmup)
+        return self.base_lr * self._lr_factor(self.step)
+
+    def _lr_factor(self, step: int) -> float:
+        config = self.optimizer_config
+        return lr_factor(step, self.steps, config.warmup, config.schedule)
 
     def _backward(self, part: Microbatch) -> Metrics:
         """Run one pass and add its gradients to those of the weights. Returns its loss
@@ -510,15 +517,30 @@ def steps_of(epochs: float, images: int, batch_size: int) -> int:
     return max(1, round(epochs * images / batch_size))
 
 
-def lr_factor(step: int, steps: int, warmup: float) -> float:
+def lr_factor(
+    step: int,
+    steps: int,
+    warmup: float,
+    schedule: CosineSchedule | StepSchedule | ConstantSchedule = COSINE,
+) -> float:
     """The factor of the learning rate at ``step`` of ``steps``. It rises linearly to 1
-    over the first ``warmup`` (a fraction in 0..1) of the steps, then follows half a
-    cosine to 0. It is never 0 at the start, so the first step already trains.
+    over the first ``warmup`` (a fraction in 0..1) of the steps, then follows the
+    ``schedule``. It is never 0 at the start, so the first step already trains.
     """
     position = step / steps
     if position < warmup:
         return (step + 1) / (warmup * steps + 1)
-    return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (1 - warmup)))
+    if schedule.kind == "constant":
+        return 1.0
+    if schedule.kind == "step":
+        passed = (position - warmup) / (1 - warmup)
+        # a boundary that falls on a step must not be missed by rounding
+        return schedule.rate ** math.floor(passed * (schedule.times + 1) + 1e-9)
+    angle = math.pi * (position - warmup) * schedule.cycles / (1 - warmup)
+    if schedule.cycles > 1:
+        angle = (angle + 1e-9) % math.pi
+    cosine = 0.5 * (1 + math.cos(angle))
+    return schedule.final + (1 - schedule.final) * cosine
 
 
 @torch.inference_mode()

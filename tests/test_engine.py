@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from hwnas.config import DataConfig, OptimizerConfig
@@ -119,6 +121,58 @@ def test_the_schedule_by_hand() -> None:
     assert lr_factor(13, 40, 0.1) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
     assert lr_factor(39, 40, 0.1) == pytest.approx(0.5 * (1 + math.cos(math.pi * 35 / 36)))
     assert lr_factor(0, 40, 0.0) == 1.0
+
+
+TIMM_SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[torch.optim.Optimizer], Scheduler]]] = {
+    "cosine to a floor": (
+        {"kind": "cosine", "final": 0.05},
+        lambda optimizer: CosineLRScheduler(optimizer, t_initial=60, lr_min=0.05),
+    ),
+    "warm restarts": (
+        {"kind": "cosine", "final": 0.1, "cycles": 3},
+        lambda optimizer: CosineLRScheduler(optimizer, t_initial=20, lr_min=0.1, cycle_limit=3),
+    ),
+    "steps": (
+        {"kind": "step", "rate": 0.1, "times": 3},
+        lambda optimizer: StepLRScheduler(optimizer, decay_t=15, decay_rate=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIMM_SCHEDULES)
+def test_schedules_are_timms(name: str) -> None:
+    settings, make = TIMM_SCHEDULES[name]
+    config = OptimizerConfig.model_validate({"schedule": settings})
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = make(optimizer)
+    for step in range(60):
+        theirs.step(step)
+        [group] = optimizer.param_groups
+        assert lr_factor(step, 60, 0.0, config.schedule) == pytest.approx(group["lr"], abs=1e-8)
+
+
+def test_schedules_follow_the_warm_up() -> None:
+    config = OptimizerConfig.model_validate({"schedule": {"kind": "step", "rate": 0.5, "times": 3}})
+    factors = [lr_factor(step, 10, 0.2, config.schedule) for step in range(10)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125])
+    constant = OptimizerConfig.model_validate({"schedule": {"kind": "constant"}}).schedule
+    assert [lr_factor(step, 10, 0.2, constant) for step in range(10)] == [1 / 3, 2 / 3] + 8 * [1.0]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"kind": "cosine", "final": 1.5},
+        {"kind": "step", "rate": 0},
+        {"kind": "step", "cycles": 2},
+        {"kind": "linear"},
+        {"kind": "cosine", "cycles": 0},
+    ],
+    ids=str,
+)
+def test_impossible_schedules_are_refused(schedule: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="schedule"):
+        OptimizerConfig.model_validate({"schedule": schedule})
     assert steps_of(2.5, 100, 32) == 8
     assert steps_of(0.001, 100, 32) == 1
 

@@ -24,6 +24,7 @@ from hwnas.config.base import (
 )
 from hwnas.core.limits import AnyBudget, Budget, LatencyLimit, Limit
 from hwnas.core.objective import AbsoluteObjective, Objective
+from hwnas.core.settings import Settings
 
 ADAMW = {"lr": 0.024, "weight_decay": 0.02, "warmup": 0.1}
 """Defaults for ``adamw``, from our recipes. TuNAS's learning rate is for RMSprop with
@@ -31,7 +32,43 @@ an eps of 1 and does not suit it.
 """
 
 
-OPTIMIZER_UNSET: dict[str, Any] = {"layer_decay": 1.0}
+class CosineSchedule(Settings):
+    """Half a cosine from the peak to the end, once or, with warm restarts (SGDR, arXiv
+    1608.03983), several times.
+    """
+
+    kind: Literal["cosine"] = "cosine"
+    final: float = Field(
+        0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak"
+    )
+    cycles: int = Field(
+        1, ge=1, le=10_000, description="number of cosines, each from the peak; equally long"
+    )
+
+
+class StepSchedule(Settings):
+    """The peak, multiplied by ``rate`` several times at equal distances: 3 times by 0.1 in
+    FBNet, 145 times by 0.97 in MnasNet.
+    """
+
+    kind: Literal["step"]
+    rate: float = Field(0.1, gt=0, le=1, description="factor of the learning rate")
+    times: int = Field(3, ge=1, le=1_000_000, description="how often it is applied")
+
+
+class ConstantSchedule(Settings):
+    """The peak, to the end."""
+
+    kind: Literal["constant"]
+
+
+Schedule = Annotated[CosineSchedule | StepSchedule | ConstantSchedule, Field(discriminator="kind")]
+"""How the learning rate falls after the warm-up."""
+
+OPTIMIZER_UNSET: dict[str, Any] = {
+    "layer_decay": 1.0,
+    "schedule": CosineSchedule().model_dump(),
+}
 """Keys of an optimiser that are left out of documents at these values, their defaults."""
 
 SEARCH_UNSET: dict[str, Any] = {"budget": None, "pretrained": None, "pretrained_model": None}
@@ -76,10 +113,11 @@ class OptimizerConfig(Section):
         ge=0,
         lt=1,
         description=(
-            "fraction of the steps in which the learning rate rises linearly; it then follows a"
-            " cosine to 0"
+            "fraction of the steps in which the learning rate rises linearly; it then follows the"
+            " schedule"
         ),
     )
+    schedule: Schedule = CosineSchedule()
     layer_decay: float = Field(
         1.0,
         gt=0,

@@ -441,7 +441,16 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.batch_size": (ARCH_GIVEN,),
     **{
         f"search.optimizer.{key}": _TRAINED
-        for key in ("name", "lr", "weight_decay", "options", "warmup", "layer_decay", "clip_norm")
+        for key in (
+            "name",
+            "lr",
+            "weight_decay",
+            "options",
+            "warmup",
+            "schedule",
+            "layer_decay",
+            "clip_norm",
+        )
     },
     "search.optimizer.momentum": (*_TRAINED, NO_SEARCH_MOMENTUM),
     "search.optimizer.inactive_weights": (*_TRAINED, NO_SHARED_WEIGHTS),
@@ -499,14 +508,23 @@ KEYS: dict[str, tuple[Case, ...]] = {
     ),
     **{
         f"train.optimizer.{key}": ALWAYS_READ
-        for key in ("name", "lr", "weight_decay", "options", "warmup", "layer_decay", "clip_norm")
+        for key in (
+            "name",
+            "lr",
+            "weight_decay",
+            "options",
+            "warmup",
+            "schedule",
+            "layer_decay",
+            "clip_norm",
+        )
     },
     "train.optimizer.momentum": (NO_TRAIN_MOMENTUM,),
     "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),
     "train.bn_momentum": ALWAYS_READ,
     "train.label_smoothing": (DETECTS,),
     # refused for detectors
-    "train.augmentation": ALWAYS_READ,
+    **{f"train.augmentation.{key}": ALWAYS_READ for key in ("auto", "erasing", "mixup", "cutmix")},
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS_READ,
     # DataConfig refuses contradictions.
