@@ -42,11 +42,10 @@ def test_every_shipped_configuration_loads_and_its_names_exist(path: Path) -> No
 
 def test_the_resolved_configuration_loads_again() -> None:
     for path in (None, *SHIPPED):
-        experiment = load_experiment(path)
-        assert (
-            Experiment.model_validate(experiment.model_dump(mode="json", by_alias=True))
-            == experiment
-        )
+        # the settings are kept, not the name of the recipe that they come from
+        experiment = load_experiment(path).model_copy(update={"recipe": None})
+        content = experiment.model_dump(mode="json", by_alias=True)
+        assert Experiment.model_validate(content) == experiment
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from hwnas.config.tables import (
     ValidateConfig,
 )
 from hwnas.config.tasks import TaskName, network_kind
-from hwnas.document import decoded_text, explain, merged, quoted_path
+from hwnas.document import decoded_text, explain, merged, nearest, quoted_path
 from hwnas.errors import ConfigError
 from hwnas.printable import quoted, shortened
 from hwnas.resources import resource_path
@@ -36,6 +36,9 @@ LONGEST_NAME = 200
 
 LARGEST_BYTES = 2**24
 """More than any configuration has. What is read of /dev/zero, for instance."""
+
+RECIPES = "configs/recipes"
+"""The folder of the recipes, one file each."""
 
 DEEPEST = 32
 """Levels of nested tables and lists. No configuration has more than eight."""
@@ -64,6 +67,16 @@ class Experiment(Section):
     task: TaskName = Field(
         "classify",
         description="classify: one label per image; detect: boxes with labels; or a plug-in's task",
+    )
+    recipe: str | None = Field(
+        None,
+        max_length=100,
+        # a run folder keeps what the recipe said, and need not know its name
+        exclude=True,
+        description=(
+            "named settings below those of this file, such as fbnet, darts or small-data; see"
+            " configs/recipes"
+        ),
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of all random numbers")
     checkpoint_seconds: float = Field(
@@ -150,6 +163,23 @@ class Experiment(Section):
         return FORMATS
 
 
+WHOLE = ("strategy", "objective", "optimizer", "budget", "schedule")
+"""Tables that are replaced as a whole: options of another strategy would be errors."""
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that ship with hwnas."""
+    return sorted(path.stem for path in resource_path(RECIPES).glob("*.toml"))
+
+
+def _recipe(name: Any) -> dict[str, Any]:
+    """The settings of a recipe. Raises ConfigError if there is none of that name."""
+    known = recipe_names()
+    if name not in known:
+        raise ConfigError(f"recipe = {quoted(name)} is unknown; {nearest(str(name), known)}")
+    return tomllib.loads((resource_path(RECIPES) / f"{name}.toml").read_text())
+
+
 def load_experiment(path: str | Path | None, overrides: list[str] | None = None) -> Experiment:
     """Read an experiment from a TOML file (None: only defaults). ``overrides`` are
     ``key.path=value`` strings.
@@ -178,12 +208,9 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     for override in overrides:
         parsed = _parse_override(override)
         _check_depth(parsed, f"-s {quoted(override)}")
-        # These tables are replaced as a whole: options of another strategy would be errors.
-        content = merged(
-            content,
-            with_new_keys(parsed, f"-s {override}"),
-            replace=("strategy", "objective", "optimizer", "budget"),
-        )
+        content = merged(content, with_new_keys(parsed, f"-s {override}"), replace=WHOLE)
+    if content.get("recipe") is not None:
+        content = merged(_recipe(content["recipe"]), content, replace=WHOLE)
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:

@@ -284,7 +284,10 @@ class SearchConfig(Section):
 
     strategy: Plugin = Field(
         Plugin(name="tunas"),
-        description="search strategy: a name, or a table of its name and its own options",
+        description=(
+            "search strategy: a name, or a table of its name and its own options. The optimiser and"
+            " the epochs are those of the file; the recipes fbnet, darts and pdarts bring the papers'"
+        ),
     )
     objective: Objective = Field(
         AbsoluteObjective(),

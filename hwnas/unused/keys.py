@@ -492,6 +492,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "detector.extras": (CLASSIFIES, ARCH_HAS_DETECTOR),
     "detector.scores": (CLASSIFIES, ARCH_HAS_DETECTOR),
     "detector.post_processing": (CLASSIFIES,),
+    "recipe": ALWAYS_READ,
     **dict.fromkeys(
         (
             "train.arch",

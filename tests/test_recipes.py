@@ -1,0 +1,81 @@
+"""Named settings that an experiment starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hwnas.config import Experiment, load_experiment
+from hwnas.config.experiment import recipe_names
+from hwnas.errors import ConfigError
+from hwnas.progress import Progress
+from hwnas.resources import resource_path
+from hwnas.search import STRATEGIES
+from hwnas.unused import check_used
+
+PHOTOGRAPHS = '[data]\nname = "npz"\npath = "x"\nresolution = 32\nclasses = 10\n'
+
+
+def experiment(folder: Path, text: str, *overrides: str) -> Experiment:
+    path = folder / "mine.toml"
+    path.write_text(text + PHOTOGRAPHS)
+    return load_experiment(path, list(overrides))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_all_its_settings_count(name: str, tmp_path: Path) -> None:
+    loaded = experiment(tmp_path, f'recipe = "{name}"\n', "train.pretrained=a.pth")
+    for verb in ("search", "train"):
+        check_used(loaded, verb, [], Refusing())
+    strategy = loaded.search.strategy
+    strategy.options(STRATEGIES.get(strategy.name).Config)
+    text = (resource_path("configs/recipes") / f"{name}.toml").read_text()
+    assert text.startswith("#") and ("arXiv" in text or "Our choice" in text)
+
+
+class Refusing(Progress):
+    def warning(self, message: str) -> None:
+        raise AssertionError(message)
+
+
+def test_the_users_settings_win_over_the_recipes(tmp_path: Path) -> None:
+    plain = experiment(tmp_path, 'recipe = "fbnet"\n')
+    assert (plain.search.strategy.name, plain.search.epochs) == ("fbnet", 90)
+    assert plain.search.optimizer.lr * 192 / 256 == pytest.approx(0.1, rel=1e-3)
+    assert (plain.data.name, plain.data.held_out) == ("npz", 0.2)
+    own = experiment(tmp_path, 'recipe = "fbnet"\n[search]\nepochs = 9\n', "train.epochs=3")
+    assert (own.search.epochs, own.train.epochs) == (9, 3)
+    assert own.search.optimizer == plain.search.optimizer
+    other = experiment(tmp_path, 'recipe = "fbnet"\n', "search.optimizer={name='sgd', lr=0.5}")
+    # another optimiser does not inherit this one's rate and decay
+    assert other.search.optimizer.lr == 0.5
+    assert other.search.optimizer.weight_decay != plain.search.optimizer.weight_decay
+
+
+def test_a_recipe_is_one_option_of_the_command_line(tmp_path: Path) -> None:
+    loaded = experiment(tmp_path, "", "recipe=pdarts")
+    assert loaded.search.strategy.name == "pdarts"
+    # the paper's 0.025 at batch 96, and 0.001 at the end
+    config = loaded.search.optimizer
+    assert config.lr * 96 / 256 == pytest.approx(0.025, rel=1e-3)
+    schedule: Any = config.schedule
+    assert config.lr * 96 / 256 * schedule.final == pytest.approx(0.001, rel=1e-3)
+
+
+def test_a_run_folder_keeps_the_settings_and_not_the_name(tmp_path: Path) -> None:
+    """Settings that the user has set back to their defaults stay so."""
+    text = 'recipe = "small-data"\n[train]\npretrained = "a.pth"\naugmentation = {erasing = 0.0}\n'
+    loaded = experiment(tmp_path, text)
+    assert loaded.train.augmentation.erasing == 0.0
+    content = loaded.model_dump(mode="json", by_alias=True)
+    assert "recipe" not in content
+    again = Experiment.model_validate(content)
+    assert again == loaded.model_copy(update={"recipe": None})
+
+
+@pytest.mark.parametrize("name", ["fbnett", "../quickstart", "", "[1]"])
+def test_unknown_recipes_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe = .* is unknown; (did you mean|known: darts)"):
+        experiment(tmp_path, "", f"recipe={name!r}")
