@@ -14,7 +14,7 @@ NOT_DECISIVE: dict[str, tuple[str, ...]] = {
     "device": ("name",),
     "profile": ("prior", "networks"),
     "search": ("table", "weights", "backbone", "pretrained"),
-    "train": ("arch", "backbone", "pretrained"),
+    "train": ("arch", "backbone", "pretrained", "teacher"),
     "study": ("truth", "supernets", "processes", "ray_address", "ray_gpus"),
 }
 """Table of the configuration -> its keys that decide no result: paths, because what they

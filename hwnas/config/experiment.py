@@ -120,6 +120,10 @@ class Experiment(Section):
                 " task = 'detect'"
             )
         # refused instead of ignored: these keys would silently mean nothing
+        if detects and self.train.teacher is not None:
+            raise ValueError(
+                "train.teacher teaches classifiers; remove it, or set task = 'classify'"
+            )
         if detects and self.train.augmentation != AugmentationConfig():
             raise ValueError(
                 "train.augmentation is for classifiers; remove it, and choose data.augment = 'ssd'"

@@ -455,6 +455,7 @@ TRAIN_UNSET: dict[str, Any] = {
     "validate_every": None,
     "pretrained": None,
     "pretrained_model": None,
+    "teacher": None,
     "freeze": 0.0,
     "freeze_bn": False,
     "augmentation": AugmentationConfig().model_dump(),
@@ -494,6 +495,13 @@ class TrainConfig(Section):
     )
     pretrained_model: str | None = Field(
         None, description="the timm model that the file of train.pretrained is of"
+    )
+    teacher: str | None = Field(
+        None,
+        description=(
+            "folder of a trained classifier of the same classes, whose probabilities this network"
+            " learns as well (distillation)"
+        ),
     )
     freeze: float = Field(
         0.0,

@@ -59,6 +59,10 @@ class Train(Stage):
         arch = None
         if config.arch is not None:
             arch = architecture(experiment, space, Path())
+        if config.teacher is not None:
+            from hwnas.train.teacher import Teacher
+
+            Teacher(config.teacher, experiment.data.classes, experiment.data.channels)
         if config.augmentation != AugmentationConfig():
             from hwnas.data.training_augmentation import TrainingAugmentation
 
@@ -116,6 +120,10 @@ class Train(Stage):
                     "train.weights = 'supernet' needs a super-net of full size, and this one was a"
                     " proxy: set train.weights = 'scratch'."
                 )
+        if config.teacher is not None:
+            from hwnas.train.teacher import teacher_file
+
+            files["teacher"] = file_sha256(teacher_file(config.teacher))
         if config.pretrained is not None:
             from hwnas.nn.pretrained import pretrained_file
 

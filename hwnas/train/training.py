@@ -15,7 +15,7 @@ from hwnas.config import AugmentationConfig, TrainConfig
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.data.training_augmentation import Mixing, TrainingAugmentation
-from hwnas.engine import Engine, Metrics, steps_of
+from hwnas.engine import Engine, Metrics, Microbatch, steps_of
 from hwnas.networks import data_for
 from hwnas.nn.checkpoint import save_network
 from hwnas.nn.freezing import Freezable
@@ -24,6 +24,7 @@ from hwnas.runs import StageContext
 from hwnas.task import EvaluationSettings, evaluate, task_of
 from hwnas.train.initial_weights import load_initial_weights
 from hwnas.train.result import WEIGHTS, TrainResult
+from hwnas.train.teacher import Teacher
 from hwnas.train.validation import Validation
 
 
@@ -36,6 +37,7 @@ class TrainingRun:
     batches: Iterator[Batch]
     validation: Validation
     mixing: Mixing | None = None
+    teacher: Teacher | None = None
     frozen_steps: int = 0
     """In how many steps, from the first, the backbone is not trained."""
     freezes_norms: bool = False
@@ -51,7 +53,11 @@ class TrainingRun:
         if self.mixing is not None:
             seed = int(np.random.default_rng([self.engine.seed, number, 2]).integers(2**62))
             x_NCHW, y = self.mixing(x_NCHW, y, seed)
-        return self.engine.train_step(x_NCHW, y)
+        if self.teacher is None:
+            return self.engine.train_step(x_NCHW, y)
+        x_NCHW, y = self.engine.to_device(x_NCHW, y)
+        soft_labels = self.teacher.probabilities(x_NCHW)
+        return self.engine.optimizer_step([Microbatch(x_NCHW, y, soft_labels=soft_labels)])
 
 
 def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
@@ -93,8 +99,19 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     batches = training_batches(
         train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
     )
-    frozen_steps = round(config.freeze * steps)
-    return TrainingRun(engine, test, batches, validation, mixing, frozen_steps, config.freeze_bn)
+    teacher = None
+    if config.teacher is not None:
+        teacher = Teacher(config.teacher, data.classes, data.channels, engine.device)
+    return TrainingRun(
+        engine,
+        test,
+        batches,
+        validation,
+        mixing=mixing,
+        teacher=teacher,
+        frozen_steps=round(config.freeze * steps),
+        freezes_norms=config.freeze_bn,
+    )
 
 
 def _initial_weights(config: TrainConfig) -> str:

@@ -500,6 +500,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
             "train.backbone",
             "train.pretrained",
             "train.pretrained_model",
+            "train.teacher",
             "train.freeze",
             "train.freeze_bn",
             "train.epochs",
