@@ -44,6 +44,7 @@ RANKING = (
     "search.batch_size=64",
     'search.optimizer={name="adamw", lr=0.004, weight_decay=0.02, warmup=0.1}',
     'search.budget={kind="macs", max_macs=36_000_000}',
+    'search.finder={name="random", architectures=1}',
     "search.candidates=1",
     "search.random_samples=0",
     "search.recalibration_images=512",
