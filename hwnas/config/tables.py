@@ -456,6 +456,7 @@ TRAIN_UNSET: dict[str, Any] = {
     "pretrained": None,
     "pretrained_model": None,
     "teacher": None,
+    "drop_path": 0.0,
     "freeze": 0.0,
     "freeze_bn": False,
     "augmentation": AugmentationConfig().model_dump(),
@@ -539,6 +540,15 @@ class TrainConfig(Section):
         lt=1,
         description=(
             "dropout probability before the classifier; TuNAS: 0.15 for 360 epochs, 0 below 150"
+        ),
+    )
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "probability that an image loses the branch of the last residual block in training; it"
+            " rises linearly over the blocks (stochastic depth)"
         ),
     )
     ema_decay: float = Field(

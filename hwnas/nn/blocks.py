@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +165,15 @@ class Block(nn.Module):
     ``layers.expand.conv.weight``.
     """
 
+    drop_path: float = 0.0
+    """The probability that an image loses the branch of a residual block in training:
+    stochastic depth (Huang et al., arXiv 1603.09382). timm's function draws from torch's
+    global generator.
+    """
+
     def __init__(self, op: Op, bn_eps: float = 1e-3, dropout: float = 0.0) -> None:
         super().__init__()
+        self.residual = op.residual
         self.program = op.program
         steps: list[tuple[Node, nn.Module | None, tuple[int, ...]]] = []
         for node, ending in zip(self.program.nodes, self.program.endings, strict=True):
@@ -186,6 +193,12 @@ class Block(nn.Module):
             if module is not None:
                 values[number] = module(inputs[0])
             else:
+                is_last_addition = node.kind == "add" and number in self.program.outputs
+                if self.training and self.drop_path and is_last_addition:
+                    from timm.layers import drop_path
+
+                    # it adds the branch to the block's input
+                    inputs[1] = drop_path(inputs[1], self.drop_path, True)
                 values[number] = PLAIN[node.kind](node, inputs)
             # a map that nobody reads any more would only take up memory
             for i in ending:
@@ -193,6 +206,18 @@ class Block(nn.Module):
 
         outputs = tuple(values[i] for i in self.program.outputs)
         return outputs if len(outputs) > 1 else outputs[0]
+
+
+def set_drop_path(blocks: Sequence[nn.Module], probability: float) -> None:
+    """Let the probability rise linearly over the ``blocks`` of a network, from 0 at the first
+    to ``probability`` at the last one that has a residual (as in timm and EfficientNet).
+    """
+    last = max(
+        (i for i, block in enumerate(blocks) if getattr(block, "residual", False)), default=0
+    )
+    for i, block in enumerate(blocks):
+        if isinstance(block, Block) and block.residual:
+            block.drop_path = probability * i / last
 
 
 def _module(node: Node, bn_eps: float, dropout: float) -> nn.Module | None:

@@ -17,6 +17,7 @@ from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.data.training_augmentation import Mixing, TrainingAugmentation
 from hwnas.engine import Engine, Metrics, Microbatch, steps_of
 from hwnas.networks import data_for
+from hwnas.nn.blocks import set_drop_path
 from hwnas.nn.checkpoint import save_network
 from hwnas.nn.freezing import Freezable
 from hwnas.nn.network import Network, network_of
@@ -76,6 +77,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     generator = torch.Generator().manual_seed(seed)
     network = network_of(arch, dropout=config.dropout, generator=generator)
     load_initial_weights(network, ctx)
+    set_drop_path(list(network.blocks), config.drop_path)
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = config.bn_momentum

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from hwnas.core.ops import Op
-from hwnas.nn.blocks import ACTIVATIONS, ChannelShuffle, build, initialise
+from hwnas.core.spaces import published
+from hwnas.nn.blocks import (
+    ACTIVATIONS,
+    Block,
+    ChannelShuffle,
+    build,
+    initialise,
+    set_drop_path,
+)
 
 torch.set_num_threads(1)
 
@@ -107,3 +115,38 @@ def test_the_halves_of_a_factorised_reduction_read_different_pixels() -> None:
     output = block(only_odd)
     assert not output[:, :3].any()
     assert output[:, 3:].any()
+
+
+def residual_block() -> Block:
+    return Block(Op.parse("mbconv-h4-i8-o8-m16-k3-relu6-id"))
+
+
+def test_stochastic_depth_drops_the_branch_of_whole_images() -> None:
+    block = residual_block().train()
+    block.drop_path = 0.25
+    x_NCHW = torch.randn(400, 8, 4, 4)
+    torch.manual_seed(0)
+    branch_NCHW = block(x_NCHW) - x_NCHW
+    dropped_N = branch_NCHW.flatten(1).abs().amax(1) < 1e-6
+    assert 0.18 < float(dropped_N.float().mean()) < 0.32
+    block.drop_path = 0.0
+    whole_NCHW = block(x_NCHW) - x_NCHW
+    torch.testing.assert_close(
+        branch_NCHW[~dropped_N], whole_NCHW[~dropped_N] / 0.75, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_stochastic_depth_is_for_training_only() -> None:
+    block = residual_block().eval()
+    x_NCHW = torch.randn(4, 8, 4, 4)
+    expected = block(x_NCHW)
+    block.drop_path = 0.9
+    assert torch.equal(block(x_NCHW), expected)
+
+
+def test_stochastic_depth_rises_to_the_last_residual_block() -> None:
+    blocks = [build(op) for op in published("mobilenet_v2-w0.35").ops()]
+    set_drop_path(blocks, 0.2)
+    rates = [block.drop_path for block in blocks if isinstance(block, Block) and block.residual]
+    assert rates == sorted(rates) and 0 < rates[0] < rates[-1] == pytest.approx(0.2)
+    assert all(block.drop_path == 0 for block in blocks if not block.residual)
