@@ -152,8 +152,8 @@ def test_the_ranking_of_a_super_net(benchmark: Any, data: Path, weights: Path) -
 
         starts: dict[str, list[str]] = {"scratch": [], "pre": [f"search.pretrained={weights}"]}
         found: dict[str, list[float]] = {}
-        for start, settings in starts.items():
-            for seed in SEEDS:
+        for seed in SEEDS:
+            for start, settings in starts.items():
                 out = root() / f"supernet-{start}-{seed}"
                 scores = trained_scores(data, out, picks, f"seed={seed}", *settings)
                 tau = float(kendalltau(scores, truth).statistic)
