@@ -56,8 +56,8 @@ def check_pretrained_model(section: str, source: str | None, model: str | None) 
     """Raise ValueError if a model is named without the file that is of it."""
     if model is not None and source is None:
         raise ValueError(
-            f"{section}.pretrained_model = {model!r} says what {section}.pretrained holds, and that"
-            f" is not set; set {section}.pretrained to the file, or to {model!r}"
+            f"{section}.pretrained_model = {model!r} needs {section}.pretrained, which is not set;"
+            f" set that to the file, or to {model!r}"
         )
 
 

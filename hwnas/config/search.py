@@ -349,13 +349,14 @@ class SearchConfig(Section):
     )
     pretrained: str | None = Field(
         None,
+        min_length=1,
         description=(
             "weights that all options of the super-net start from: a file (.pth, .safetensors), the"
             " folder of an earlier run, or the name of a timm model whose weights are in its cache"
         ),
     )
     pretrained_model: str | None = Field(
-        None, description="the timm model that the file of search.pretrained is of"
+        None, description="the timm model that the file of search.pretrained belongs to"
     )
     backbone: str | None = Field(
         None,

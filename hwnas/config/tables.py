@@ -489,13 +489,14 @@ class TrainConfig(Section):
     )
     pretrained: str | None = Field(
         None,
+        min_length=1,
         description=(
             "weights to start from: a file (.pth, .safetensors), the folder of an earlier run, or"
             " the name of a timm model whose weights are in its cache"
         ),
     )
     pretrained_model: str | None = Field(
-        None, description="the timm model that the file of train.pretrained is of"
+        None, description="the timm model that the file of train.pretrained belongs to"
     )
     teacher: str | None = Field(
         None,

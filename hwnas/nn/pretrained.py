@@ -1,5 +1,5 @@
-"""Reads the weights of a trained network that another one starts from: of hwnas, of timm,
-or of anybody whose network consists of mobile blocks.
+"""Reads the weights of a trained network, from hwnas, timm or elsewhere, as the start of
+another network.
 
 Only the shapes of layers and their order say what a network is, so no list of names has
 to be kept up: a convolution with one filter per channel is depthwise, what widens its
@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,12 @@ from torch import Tensor, nn
 
 from hwnas.config import DataConfig
 from hwnas.core.ops import Classifier, Conv, Head, Op, separable
-from hwnas.document import nearest, user_path
+from hwnas.document import file_sha256, nearest, user_path
 from hwnas.errors import CheckpointError, ConfigError, SpaceError
 from hwnas.failures import is_out_of_memory
 from hwnas.nn.checkpoint import first_line, load_network
 from hwnas.nn.network import Network
 from hwnas.nn.remapping import (
-    RemappingOptions,
     SeedBlock,
     State,
     TargetBlock,
@@ -50,12 +49,13 @@ from hwnas.nn.shared import GatedNetworks
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel."""
 
+RGB = 3
+"""Channels of the images whose weights can be adapted to others."""
+
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 """What the names of weight files end in."""
 LEAST_SHARE = 0.1
-"""The smallest share of the parameters that is worth starting from (our choice)."""
-PLAIN = RemappingOptions()
-NORM = ("weight", "bias", "running_mean", "running_var")
+"""The smallest share of the weights that is worth starting from (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Pretrained:
         )
 
     def with_bn_eps(self, bn_eps: float) -> Pretrained:
-        """For BNs with another epsilon: with other scales, they compute the same."""
+        """Rescaled so that the BNs compute the same with another epsilon."""
         if self.bn_eps in (None, bn_eps):
             return self
         blocks = []
@@ -108,8 +108,14 @@ class Pretrained:
         stem = self.blocks[0]
         if stem.op.in_ch == channels:
             return self
-        name = f"{stem.op.WEIGHTS}conv.conv.weight"
-        weight = adapt_input_conv(channels, stem.state[name], stem.op.in_ch)
+        node = stem.op.layers[0]
+        name = f"{stem.op.WEIGHTS}{node.name}.conv.weight"
+        if node.kind != "conv" or node.groups > 1 or stem.op.in_ch != RGB:
+            raise ConfigError(
+                f"{self.title} is for images of {stem.op.in_ch} channels, and data.channels ="
+                f" {channels}: name weights for {channels} or 3 channels."
+            )
+        weight = adapt_input_conv(channels, stem.state[name])
         state = {**stem.state, name: weight}
         first = replace(stem, op=replace(stem.op, in_ch=channels), state=state)
         return replace(self, blocks=(first, *self.blocks[1:]))
@@ -220,8 +226,8 @@ def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
     """The network of ``pretrained_file``. ``model`` is the name of the timm model that a
     file holds.
 
-    Raises ConfigError if the file is not known to hold a network of mobile blocks, and
-    CheckpointError if it is damaged.
+    Raises ConfigError if the file holds no network of mobile blocks or the order of its
+    layers is unknown, and CheckpointError if it is damaged.
     """
     path = pretrained_file(source, key)
     metadata = _metadata(path) if path.suffix == ".safetensors" else {}
@@ -232,6 +238,11 @@ def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
         )
     if "architecture" in metadata:
         network = load_network(path)
+        if network.arch.graph:
+            raise ConfigError(
+                f"{key} = {source!r} is {network.arch.name!r}, a graph of cells: name a network of"
+                " blocks in a chain."
+            )
         blocks = zip(network.arch.ops(), network.blocks, strict=False)
         seeds = tuple(SeedBlock(op, block.state_dict(), begins_stage(op)) for op, block in blocks)
         title = f"{network.arch.name} ({source})"
@@ -253,10 +264,11 @@ def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
     elif path.suffix == ".safetensors":
         raise ConfigError(
             f"{key} = {source!r} does not say in which order its layers run: set {key}_model to"
-            " the timm model that the weights are of."
+            " the timm model that the weights belong to."
         )
     try:
         blocks_of_file = tuple(_blocks(list(_layers(state, strides))))
+        _check_chain(blocks_of_file)
     except SpaceError as error:
         raise ConfigError(
             f"{key} = {source!r} is not a network of mobile blocks: {error}"
@@ -304,23 +316,36 @@ def _named_model(source: str, path: Path) -> str | None:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         state = load_state_dict(str(path), use_ema=True, weights_only=True)
-    except (
-        SafetensorError,
-        UnpicklingError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        AttributeError,
-        TypeError,
-    ) as error:
+        items = dict(state).items()
+    except Exception as error:  # a damaged file may raise anything
         if is_out_of_memory(error):
             raise
         raise _unreadable(path, error) from error
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in items if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors: save the state_dict of a network.")
+        raise CheckpointError(
+            f"{path} holds no tensors, neither at the top nor under state_dict, model or"
+            " state_dict_ema: save the state_dict of a network."
+        )
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
+            raise CheckpointError(f"{path}: {name} is not an ordinary tensor of numbers.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{path}: {name} has values that are not finite: choose weights from before the"
+                " training diverged."
+            )
     return tensors
+
+
+def _check_chain(blocks: Sequence[SeedBlock]) -> None:
+    """Raise SpaceError if a block does not read what the one before it writes."""
+    for before, block in pairwise(blocks):
+        if block.op.in_ch != before.op.out_ch:
+            raise SpaceError(
+                f"a layer reads {block.op.in_ch} channels after one that writes"
+                f" {before.op.out_ch}, so the layers are no chain."
+            )
 
 
 def _model_of(state: Mapping[str, Tensor], model: str, key: str) -> nn.Module:
@@ -347,18 +372,25 @@ def _layers(state: Mapping[str, Tensor], strides: Mapping[str, int]) -> Iterator
     """
     layer: _Layer | None = None
     owner = ""
+    norm = ""
+    # other vectors, such as the slopes of a PReLU, have no statistics
+    norms = {name.rpartition(".")[0] for name in state if name.endswith("running_mean")}
     for name, tensor in state.items():
         prefix, _, kind = name.rpartition(".")
         if kind == "weight" and tensor.dim() in (2, 4):
             if layer is not None:
                 yield layer
+            if tensor.dim() == 4 and tensor.shape[2] != tensor.shape[3]:
+                raise SpaceError(f"the kernel of {prefix} is not square.")
             layer = _Layer(tensor.float(), strides.get(prefix))
             owner = prefix
+            norm = ""
         elif layer is None or tensor.dim() != 1:
             continue
         elif kind == "bias" and prefix == owner:
             layer.bias = tensor.float()
-        elif kind in NORM and len(tensor) == layer.out_ch:
+        elif prefix in norms and norm in ("", prefix) and len(tensor) == layer.out_ch:
+            norm = prefix
             layer.norm[kind] = tensor.float()
     if layer is not None:
         yield layer
@@ -458,7 +490,7 @@ def load_pretrained(network: Network, pretrained: Pretrained, key: str) -> str:
     # a detector's extra layers and heads have no counterpart
     for op, block in zip(arch.blocks, network.blocks, strict=False):
         target.append(TargetBlock([(op, block.state_dict())], begins_stage(op)))
-    return _remapped(target, network, pretrained, key, arch.bn_eps)
+    return _remapped(target, pretrained, key, arch.bn_eps, sorts=False)
 
 
 def load_pretrained_supernet(supernet: GatedNetworks, pretrained: Pretrained, key: str) -> str:
@@ -466,35 +498,28 @@ def load_pretrained_supernet(supernet: GatedNetworks, pretrained: Pretrained, ke
     in place. Returns in words what was done. Raises ConfigError, which names the
     configuration's ``key``, if next to nothing fits.
     """
-    options = RemappingOptions(sorts=True, tracks=supernet.config.bn_track)
     bn_eps = supernet.space.bn_eps
-    return _remapped(supernet.target_blocks(), supernet, pretrained, key, bn_eps, options)
+    return _remapped(supernet.target_blocks(), pretrained, key, bn_eps, sorts=True)
 
 
 def _remapped(
-    target: Sequence[TargetBlock],
-    network: nn.Module,
-    pretrained: Pretrained,
-    key: str,
-    bn_eps: float,
-    options: RemappingOptions = PLAIN,
+    target: Sequence[TargetBlock], pretrained: Pretrained, key: str, bn_eps: float, sorts: bool
 ) -> str:
-    """``remap``, in words. ``target`` are the blocks of ``network``. Raises ConfigError if
-    next to nothing fits.
-    """
-    before = [weight.detach().clone() for weight in network.parameters()]
+    """``remap``, in words. Raises ConfigError if next to nothing fits."""
     seed = pretrained.with_channels(target[0].op.in_ch).with_bn_eps(bn_eps)
-    remapped = remap(target, seed.blocks, options)
-    total = sum(weight.numel() for weight in before)
-    taken = sum(
-        int((weight != old).sum()) for weight, old in zip(network.parameters(), before, strict=True)
-    )
-    if taken < LEAST_SHARE * total:
+    remapped = remap(target, seed.blocks, sorts)
+    if remapped.share < LEAST_SHARE:
         raise ConfigError(
-            f"{key}: only {taken / total:.1%} of the parameters can start from {pretrained.title}:"
+            f"{key}: only {remapped.share:.1%} of the weights can start from {pretrained.title}:"
             " name weights of a network with similar blocks and widths."
         )
-    return (
-        f"weights of {pretrained.title}: {remapped.text}; {taken / total:.0%} of"
-        f" {total / 1e6:.2f} M parameters"
-    )
+    return f"weights of {pretrained.title}: {remapped.text}"
+
+
+def pretrained_hashes(source: str, model: str | None, key: str) -> dict[str, str]:
+    """What initial weights depend on, as inputs of a stage: the content of the file, and
+    the model by which it is read.
+    """
+    path = pretrained_file(source, key)
+    named = model or _named_model(source, path) or "unknown"
+    return {"pretrained": file_sha256(path), "pretrained model": named}

@@ -24,8 +24,13 @@ with stages 1, 2, ... of blocks takes the weights W' of a seed network:
   the remapped part computes what it would without the channel. The paper's code starts
   both at 0, so such channels never learn;
 - squeeze-and-excitation is remapped like other layers; one that the seed lacks starts
-  as a factor of 1/2 for all channels, which the projection makes up for in networks
-  that keep BN statistics.
+  as a factor of 1/2 for all channels, which the projection makes up for in networks (in
+  super-nets, options with and without it share the projection, and BN makes up for it);
+- further blocks of a stage start from the last one of the seed's only if that has a
+  block of constant width; the first block of a stage is no start for them.
+
+Stages begin where the width or the resolution changes. Two stages of a super-net that
+have the same width and resolution are one stage of a seed, and may not both find it.
 
 Activations and strides of the seed are not compared: training adapts to them.
 """
@@ -89,34 +94,34 @@ class TargetBlock:
         return self.variants[-1][0]
 
 
-@dataclass(frozen=True)
-class RemappingOptions:
-    """``sorts``: channels are always in the order of importance. ``tracks``: the target
-    keeps BN statistics.
-    """
-
-    sorts: bool = False
-    tracks: bool = True
-
-
 @dataclass
 class Remapped:
     """What was done. ``layers`` are the convolutions and fully connected layers of the
-    target, ``taken`` those that took weights, and ``changed`` those of them that have
-    other channels or another kernel than in the seed: as the addresses of their
-    weights, because options of a super-net share layers. ``classes`` are those of the
-    seed's classifier, if it was dropped because the number of classes differs.
+    target with the number of their weights, ``taken`` those that took weights with the
+    number of weights taken, and ``changed`` those of them that have other channels or
+    another kernel than in the seed: by the addresses of their weights, because options
+    of a super-net share layers. ``classes`` are those of the seed's classifier, if it was
+    dropped because the number of classes differs.
     """
 
-    layers: set[int] = field(default_factory=set)
-    taken: set[int] = field(default_factory=set)
+    layers: dict[int, int] = field(default_factory=dict)
+    taken: dict[int, int] = field(default_factory=dict)
     changed: set[int] = field(default_factory=set)
     classes: int | None = None
 
     @property
+    def share(self) -> float:
+        """The fraction of the weights of all layers that were taken."""
+        return sum(self.taken.values()) / max(1, sum(self.layers.values()))
+
+    @property
     def text(self) -> str:
         """In words."""
-        text = f"{len(self.taken)} of {len(self.layers)} layers"
+        total = sum(self.layers.values())
+        text = (
+            f"{len(self.taken)} of {len(self.layers)} layers with {self.share:.0%} of"
+            f" {total / 1e6:.2f} M weights"
+        )
         if self.changed:
             text += f", {len(self.changed)} of them with other channels or kernels"
         if self.classes is not None:
@@ -126,7 +131,7 @@ class Remapped:
 
 @dataclass(frozen=True)
 class _Stage(Generic[B]):
-    """Blocks of one width. ``kind`` tells blocks apart that share no layers."""
+    """Blocks of one width. Stages of another ``kind`` share hardly any layers."""
 
     blocks: Sequence[B]
 
@@ -178,9 +183,11 @@ class _Channels:
 def remap(
     target: Sequence[TargetBlock],
     seed: Sequence[SeedBlock],
-    options: RemappingOptions,
+    sorts: bool,
 ) -> Remapped:
-    """Write the weights of ``seed`` into ``target``, in place."""
+    """Write the weights of ``seed`` into ``target``, in place. ``sorts``: the target is a
+    super-net, and channels are always in the order of importance.
+    """
     done = Remapped()
     target_stages = _stages(target)
     seed_stages = _stages(seed)
@@ -190,7 +197,7 @@ def remap(
         if position != last + 1:
             # the seed's stage reads other channels than those that were written
             into = _Channels.none(stage.op.in_ch)
-        into = _remap_stage(stage, seed_stages[position], into, options, done)
+        into = _remap_stage(stage, seed_stages[position], into, sorts, done)
         last = position
     return done
 
@@ -250,22 +257,23 @@ def _remap_stage(
     stage: _Stage[TargetBlock],
     seed: _Stage[SeedBlock],
     into: _Channels,
-    options: RemappingOptions,
+    sorts: bool,
     done: Remapped,
 ) -> _Channels:
     """Remap the blocks of a stage. ``into`` are the channels of its input; returns those
     of its output.
     """
     seeds = seed.blocks
-    out = _output_channels(stage.op, seeds, options.sorts, done)
+    out = _output_channels(stage.op, seeds, sorts, done)
     for i, block in enumerate(stage.blocks):
         position = min(i, len(seeds) - 1)
         source = seeds[position]
         for op, state in block.variants:
-            done.layers.update(_address(weight) for weight in _weights(op, state))
-            # what adds to its input is no seed for what changes the width, nor the reverse
+            for weight in _weights(op, state):
+                done.layers[_address(weight)] = _storage_size(weight)
+            # a residual block and one that changes the width cannot start from each other
             if (position == 0) == (i == 0):
-                _BlockRemapping(op, state, source, into, out, options, done).run()
+                _BlockRemapping(op, state, source, into, out, sorts, done).run()
         into = out
     return out
 
@@ -308,6 +316,11 @@ def _address(weight: Tensor) -> int:
     return weight.untyped_storage().data_ptr()
 
 
+def _storage_size(weight: Tensor) -> int:
+    """The number of weights of a layer of which ``weight`` may be a part."""
+    return weight.untyped_storage().nbytes() // weight.element_size()
+
+
 @dataclass(frozen=True)
 class _BlockRemapping:
     """The remapping of one block from the channels ``into`` to ``out``."""
@@ -317,7 +330,7 @@ class _BlockRemapping:
     source: SeedBlock
     into: _Channels
     out: _Channels
-    options: RemappingOptions
+    sorts: bool
     done: Remapped
 
     def run(self) -> None:
@@ -352,7 +365,7 @@ class _BlockRemapping:
             return self.into
         projection = _weight(self.source.op, self.source.state, seeds["project"])
         importance = projection.abs().sum((0, 2, 3))
-        return _Channels.chosen(importance, nodes["expand"].out_ch, self.options.sorts)
+        return _Channels.chosen(importance, nodes["expand"].out_ch, self.sorts)
 
     def _squeezed(self, nodes: Mapping[str, Node], seeds: Mapping[str, Node]) -> _Channels:
         """The channels inside squeeze-and-excitation."""
@@ -362,7 +375,7 @@ class _BlockRemapping:
         if "se.expand" not in seeds:
             return _Channels.none(count)
         gate = _weight(self.source.op, self.source.state, seeds["se.expand"])
-        return _Channels.chosen(gate.abs().sum((0, 2, 3)), count, self.options.sorts)
+        return _Channels.chosen(gate.abs().sum((0, 2, 3)), count, self.sorts)
 
     def _remap_layer(self, node: Node, seed: Node, out: _Channels, into: _Channels | None) -> None:
         weight = _weight(self.op, self.state, node)
@@ -388,7 +401,9 @@ class _BlockRemapping:
                 tensor[out.known] = vector[out.index[out.known]].to(tensor)
 
         address = _address(weight)
-        self.done.taken.add(address)
+        area = min(seed.kernel, node.kernel) ** 2
+        taken = int(out.known.sum()) * int(into.known.sum()) * area
+        self.done.taken[address] = max(taken, self.done.taken.get(address, 0))
         if source.shape != weight.shape:
             self.done.changed.add(address)
 
@@ -397,8 +412,8 @@ class _BlockRemapping:
         prefix = f"{self.op.WEIGHTS}se.expand.conv"
         self.state[f"{prefix}.weight"].zero_()
         self.state[f"{prefix}.bias"].zero_()
-        # BN with statistics of each batch makes up for it by itself
-        if self.options.tracks:
+        # in a super-net, options without it share the projection
+        if not self.sorts:
             _weight(self.op, self.state, nodes["project"]).mul_(2.0)
 
 

@@ -382,10 +382,16 @@ def _variants(slot: Slot, module: ElasticSlot) -> list[tuple[Op, dict[str, Tenso
     ops = {option: slot.op(option, in_ch, out_ch) for option in slot.options}
     present = [(option, op) for option, op in ops.items() if op is not None]
     present.sort(key=lambda pair: pair[1].params)
-    sources = range(max(len(module.copies), module.norms))
-    return [
-        (op, module.weights(option, op, source)) for option, op in present for source in sources
-    ]
+    own = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+    variants = []
+    for option, op in present:
+        for source in range(max(len(module.copies), module.norms)):
+            state = module.weights(option, op, source)
+            weights = [tensor for name, tensor in state.items() if name.endswith("conv.weight")]
+            # transformed kernels and averaged channels are no views; larger options cover them
+            if all(weight.untyped_storage().data_ptr() in own for weight in weights):
+                variants.append((op, state))
+    return variants
 
 
 SUPERNETS: Mapping[type[SearchSpace], Any] = {MacroSpace: MacroSupernet, CellSpace: CellSupernet}

@@ -226,9 +226,10 @@ def weight_hashes(config: SearchConfig) -> dict[str, str]:
     if config.weights is not None:
         hashes["super-net"] = file_sha256(supernet_path(config.weights))
     if config.pretrained is not None:
-        from hwnas.nn.pretrained import pretrained_file
+        from hwnas.nn.pretrained import pretrained_hashes
 
-        hashes["pretrained"] = file_sha256(pretrained_file(config.pretrained, "search.pretrained"))
+        model = config.pretrained_model
+        hashes |= pretrained_hashes(config.pretrained, model, "search.pretrained")
     if config.backbone is not None:
         hashes["backbone"] = file_sha256(supernet_path(config.backbone, "search.backbone"))
     return hashes

@@ -62,7 +62,7 @@ from hwnas.search.shrinking import (
 from hwnas.search.strategy import Metrics, SearchContext
 from hwnas.search.supernet_file import SUPERNET_FILE
 from hwnas.study.documents import ShrinkPath, ShrinkStep
-from hwnas.study.supernets import base_step, saving_at
+from hwnas.study.supernets import base_step, refuse_pretrained, saving_at
 from hwnas.task import task_of
 
 INITIAL = "initial.safetensors"
@@ -128,6 +128,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
             f"task = {experiment.task!r} cannot be studied: shrink the space with a classifier"
             " first, and put a detector on the result."
         )
+    refuse_pretrained(search)
     if not shrinkable(space):
         raise SpaceError(
             f"space {space.name} has no choice of blocks left, so nothing can be dropped: use a"

@@ -79,6 +79,19 @@ def training(experiment: Experiment, seed: int) -> Experiment:
     return experiment.model_copy(update={"seed": seed, "search": search})
 
 
+def refuse_pretrained(config: SearchConfig) -> None:
+    """Raise ConfigError if a search would start from trained weights: a study trains its
+    super-nets from scratch.
+    """
+    for key in ("pretrained", "backbone"):
+        value = getattr(config, key)
+        if value is not None:
+            raise ConfigError(
+                f"search.{key} = {value!r} is for 'hwnas search': the super-nets of a study start"
+                " from scratch; remove it."
+            )
+
+
 def check(experiment: Experiment, space: SearchSpace) -> None:
     """Raise ConfigError if the configuration gives no super-net that a study can use, or
     asks for an angle that its super-nets do not have.
@@ -89,6 +102,7 @@ def check(experiment: Experiment, space: SearchSpace) -> None:
             " classifiers only."
         )
     config = experiment.search
+    refuse_pretrained(config)
     if config.weights is not None:
         raise ConfigError(
             f"search.weights = {config.weights!r} is for 'hwnas search': name the folder in"

@@ -125,11 +125,10 @@ class Train(Stage):
 
             files["teacher"] = file_sha256(teacher_file(config.teacher))
         if config.pretrained is not None:
-            from hwnas.nn.pretrained import pretrained_file
+            from hwnas.nn.pretrained import pretrained_hashes
 
-            files["pretrained"] = file_sha256(
-                pretrained_file(config.pretrained, "train.pretrained")
-            )
+            model = config.pretrained_model
+            files |= pretrained_hashes(config.pretrained, model, "train.pretrained")
         if config.backbone is not None:
             files["backbone"] = file_sha256(trained_backbone(config.backbone, arch))
         data = self.at.hashes_of_data("train", "test")

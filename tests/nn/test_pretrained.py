@@ -20,18 +20,20 @@ from torch import Tensor, nn
 from hwnas.config import DataConfig, SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Classifier, Conv, DSConv, MBConv, Op
-from hwnas.core.spaces import mobile32, published
+from hwnas.core.space import MacroSpace, SpaceStage
+from hwnas.core.spaces import load_space, mobile32, published
 from hwnas.errors import CheckpointError, ConfigError, HwnasError
 from hwnas.nn.checkpoint import save_network
 from hwnas.nn.network import Network, network_of
 from hwnas.nn.pretrained import (
+    Pretrained,
     load_pretrained,
     load_pretrained_supernet,
     pretrained_file,
+    pretrained_hashes,
     read_pretrained,
 )
 from hwnas.nn.remapping import (
-    RemappingOptions,
     SeedBlock,
     TargetBlock,
     begins_stage,
@@ -106,7 +108,7 @@ def test_a_classifier_of_other_classes_is_dropped(tmp_path: Path) -> None:
     target = new(replaced(arch, classes=7))
     before = target.blocks[-1].state_dict()["linear.weight"].clone()
     text = load_pretrained(target, read_pretrained(str(tmp_path / "seed.pth"), None, KEY), KEY)
-    assert "52 of 53 layers, without the classifier of 1,000 classes" in text
+    assert "52 of 53 layers with" in text and "without the classifier of 1,000 classes" in text
     assert torch.equal(target.blocks[-1].state_dict()["linear.weight"], before)
     for ours, theirs in zip(target.blocks[:-1], seed.blocks[:-1], strict=True):
         for key, tensor in ours.state_dict().items():
@@ -208,7 +210,7 @@ def remapped(target: Architecture, seed: Network) -> Network:
         TargetBlock([(op, block.state_dict())], begins_stage(op))
         for op, block in zip(target.ops(), network.blocks, strict=True)
     ]
-    remap(targets, blocks, RemappingOptions())
+    remap(targets, blocks, sorts=False)
     return network
 
 
@@ -395,10 +397,10 @@ def super_net(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("made", "error", "words"),
     [
-        (resnet, ConfigError, "no separable convolutions, so none of its weights fit"),
+        (resnet, ConfigError, "is not a network of mobile blocks: a layer reads"),
         (pickled, CheckpointError, "does not hold weights that can be read safely"),
         (cut_off, CheckpointError, "does not hold weights that can be read safely"),
-        (no_tensors, CheckpointError, "holds no tensors: save the state_dict"),
+        (no_tensors, CheckpointError, "holds no tensors, neither at the top nor under"),
         (super_net, ConfigError, "is a super-net: name a trained network"),
         (lambda path: path, ConfigError, r"has no model\.safetensors"),
         (lambda path: path / "absent.pth", ConfigError, "does not exist: check the path"),
@@ -427,5 +429,121 @@ def test_weights_that_hardly_fit_are_refused(tmp_path: Path) -> None:
     torch.save(new(small(), seed=1).state_dict(), tmp_path / "seed.pth")
     pretrained = read_pretrained(str(tmp_path / "seed.pth"), None, KEY)
     network = new(published("mobilenet_v4_conv_small", resolution=64))
-    with pytest.raises(ConfigError, match=r"of the parameters can start from .*seed\.pth: name"):
+    with pytest.raises(ConfigError, match=r"of the weights can start from .*seed\.pth: name"):
         load_pretrained(network, pretrained, KEY)
+
+
+# found by a second reader
+
+
+def test_a_shared_projection_serves_options_with_and_without_squeeze_and_excitation() -> None:
+    """Also if the super-net tracks BN statistics."""
+    stages = (
+        SpaceStage(widths=(8,), slots=(("cn_k3",),)),
+        SpaceStage(widths=(12,), stride=2, slots=(("ir_k3_e3", "ir_k3_e3_se0.25"),)),
+        SpaceStage(widths=(16,), slots=(("cn_k1",),)),
+    )
+    space = MacroSpace(name="squeezed", resolution=16, in_channels=3, classes=4, stages=stages)
+    plain = space.at([0])
+    seed = randomised(new(space.decode(plain), seed=1))
+    supernet = supernet_of(space, SupernetConfig(sharing="collapsed", bn_track=True))
+    blocks = tuple(
+        SeedBlock(op, block.state_dict(), begins_stage(op))
+        for op, block in zip(seed.arch.ops(), seed.blocks, strict=True)
+    )
+    load_pretrained_supernet(supernet, Pretrained(blocks, "seed"), "search.pretrained")
+    found = logits(supernet.extract(plain).train(), 16)
+    torch.testing.assert_close(found, logits(seed.train(), 16), rtol=1e-3, atol=1e-4)
+
+
+def test_the_slopes_of_a_prelu_are_no_scales_of_a_norm(tmp_path: Path) -> None:
+    arch = published("mobilenet_v2-w0.35", resolution=32)
+    seed = randomised(new(arch, seed=1))
+    state = {}
+    for name, tensor in seed.state_dict().items():
+        state[name] = tensor
+        if name.endswith("norm.running_var"):
+            state[name.replace("norm.running_var", "act.weight")] = torch.full_like(tensor, 0.25)
+    torch.save(state, tmp_path / "a.pth")
+    ours = started(arch, tmp_path / "a.pth")
+    assert torch.equal(logits(ours, 32), logits(seed, 32))
+
+
+def nasbench(tmp_path: Path) -> Path:
+    space = load_space("nasbench201")
+    network = network_of(space.decode(space.sample(np.random.default_rng(0))))
+    save_network(network, tmp_path / "cells.safetensors")
+    return tmp_path / "cells.safetensors"
+
+
+def changed(tmp_path: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    state = dict(new(published("mobilenet_v2-w0.35", resolution=32)).state_dict())
+    change(state)
+    torch.save(state, tmp_path / "changed.pth")
+    return tmp_path / "changed.pth"
+
+
+def without_a_block(state: dict[str, Tensor]) -> None:
+    for name in [name for name in state if name.startswith("blocks.1.")]:
+        del state[name]
+
+
+def not_finite(state: dict[str, Tensor]) -> None:
+    state["blocks.3.layers.expand.conv.weight"] = torch.full((48, 8, 1, 1), torch.nan)
+
+
+def oblong(state: dict[str, Tensor]) -> None:
+    state["blocks.0.layers.conv.conv.weight"] = torch.zeros(16, 3, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "words"),
+    [
+        (nasbench, ConfigError, "a graph of cells: name a network of blocks in a chain"),
+        (lambda path: changed(path, without_a_block), ConfigError, "so the layers are no chain"),
+        (lambda path: changed(path, not_finite), CheckpointError, "values that are not finite"),
+        (lambda path: changed(path, oblong), ConfigError, r"kernel of blocks\.0.* is not square"),
+    ],
+    ids=["cells", "no chain", "not finite", "oblong"],
+)
+def test_networks_that_cannot_be_remapped_are_refused(
+    made: Callable[[Path], Path], error: type[HwnasError], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        read_pretrained(str(made(tmp_path)), None, KEY)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_files_are_reported_as_such(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pth"
+    torch.save(new(small()).state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for position in rng.integers(0, len(damaged), 8):
+            damaged[position] = int(rng.integers(256))
+        path.write_bytes(bytes(damaged[: int(rng.integers(1, len(damaged)))]))
+        try:
+            read_pretrained(str(path), None, KEY)
+        except HwnasError as error:
+            assert "\n" not in str(error)
+
+
+def test_the_model_by_which_a_file_is_read_is_an_input(tmp_path: Path) -> None:
+    torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "a.pth")
+    path = str(tmp_path / "a.pth")
+    unnamed = pretrained_hashes(path, None, KEY)
+    named = pretrained_hashes(path, "mobilenetv2_050", KEY)
+    assert unnamed["pretrained"] == named["pretrained"] and unnamed != named
+
+
+def test_images_of_other_than_three_channels_are_not_adapted(tmp_path: Path) -> None:
+    arch = published("mobilenet_v2-w0.35", resolution=32)
+    grey = arch.model_copy(
+        update={"in_channels": 1, "blocks": (replace(arch.blocks[0], in_ch=1), *arch.blocks[1:])}
+    )
+    torch.save(new(grey).state_dict(), tmp_path / "grey.pth")
+    with pytest.raises(ConfigError, match=r"is for images of 1 channels, and data\.channels = 3"):
+        started(arch, tmp_path / "grey.pth")

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.config import Experiment
+from hwnas.config import Experiment, SearchConfig
 from hwnas.core.spaces import load_space
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import load_network, save_network
 from hwnas.nn.network import network_of
 from hwnas.search.settings import check_search
 from hwnas.search.supernet_file import SUPERNET_FILE
+from hwnas.study.supernets import refuse_pretrained
 from tests.search.staging import Killed, Killing, Saying, elastic_digits_space, experiment, run
 
 torch.set_num_threads(1)
@@ -91,3 +92,10 @@ def test_spaces_of_cells_are_refused(pretrained: Path) -> None:
 def test_two_sources_of_initial_weights_are_refused(other: str) -> None:
     with pytest.raises(ValueError, match=f"search.pretrained and search.{other} both set"):
         experiment(pretrained="a.pth", **{other: "runs/a"})
+
+
+@pytest.mark.parametrize("key", ["pretrained", "backbone"])
+def test_studies_start_from_scratch(key: str) -> None:
+    config = SearchConfig.model_validate({key: "runs/a"})
+    with pytest.raises(ConfigError, match=f"search.{key} = 'runs/a' is for 'hwnas search'"):
+        refuse_pretrained(config)

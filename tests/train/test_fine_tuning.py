@@ -140,7 +140,7 @@ def test_blocks_learn_more_slowly_the_nearer_they_are_to_the_image(tmp_path: Pat
     [
         ({"freeze": 0.5}, "train.freeze keeps initial weights as they are, and these are random"),
         ({"freeze_bn": True}, "train.freeze_bn keeps initial weights as they are"),
-        ({"pretrained_model": "fbnetc_100"}, "train.pretrained is not set|and that is not set"),
+        ({"pretrained_model": "fbnetc_100"}, "needs train.pretrained, which is not set"),
         ({"pretrained": "a.pth", "weights": "supernet"}, "both set the initial weights"),
     ],
     ids=str,
