@@ -286,7 +286,8 @@ class SearchConfig(Section):
         Plugin(name="tunas"),
         description=(
             "search strategy: a name, or a table of its name and its own options. The optimiser and"
-            " the epochs are those of the file; the recipes fbnet, darts and pdarts bring the papers'"
+            " the epochs are those of the file; the recipes fbnet, darts and pdarts bring those of"
+            " the papers"
         ),
     )
     objective: Objective = Field(

@@ -230,9 +230,8 @@ def matched(target: Sequence[_Stage[TargetBlock]], seed: Sequence[_Stage[SeedBlo
         costs = []
         origin = []
         for s, seed_stage in enumerate(seed):
-            before = [
-                best[r] + (REUSED if r == s else LEFT_OUT * (s - r - 1)) for r in range(s + 1)
-            ]
+            before = [best[r] + LEFT_OUT * (s - r - 1) for r in range(s)]
+            before.append(best[s] + REUSED)
             cheapest = min(range(s + 1), key=before.__getitem__)
             origin.append(cheapest)
             costs.append(before[cheapest] + _difference(stage, seed_stage))

@@ -164,8 +164,8 @@ def methods_of(experiment: Experiment) -> tuple[MethodConfig, ...]:
     search = experiment.search
     if search.weights is not None or search.backbone is not None or search.pretrained is not None:
         raise ConfigError(
-            "search.weights, search.backbone and search.pretrained start from trained weights, but a"
-            " comparison starts from scratch: remove them."
+            "search.weights, search.backbone and search.pretrained start from trained weights, but"
+            " a comparison starts from scratch: remove them."
         )
     has_budget = experiment.search.table is not None or not experiment.search.by_table
     if not has_budget and config.compare.max_macs is None:

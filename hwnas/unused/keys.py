@@ -21,6 +21,18 @@ HAS_MOMENTUM = {
 }
 """The usual optimisers of timm, so that it need not be imported for them."""
 
+OF_ANY_OPTIMIZER = (
+    "name",
+    "lr",
+    "weight_decay",
+    "options",
+    "warmup",
+    "schedule",
+    "layer_decay",
+    "clip_norm",
+)
+"""Keys of an optimiser that every optimiser reads."""
+
 
 def _always(situation: Situation) -> bool:
     return True
@@ -439,19 +451,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "search.allow_uncalibrated": (ARCH_GIVEN, NOT_SHRINK),
     "search.epochs": (*_TRAINED, NOT_SHRINK),
     "search.batch_size": (ARCH_GIVEN,),
-    **{
-        f"search.optimizer.{key}": _TRAINED
-        for key in (
-            "name",
-            "lr",
-            "weight_decay",
-            "options",
-            "warmup",
-            "schedule",
-            "layer_decay",
-            "clip_norm",
-        )
-    },
+    **{f"search.optimizer.{key}": _TRAINED for key in OF_ANY_OPTIMIZER},
     "search.optimizer.momentum": (*_TRAINED, NO_SEARCH_MOMENTUM),
     "search.optimizer.inactive_weights": (*_TRAINED, NO_SHARED_WEIGHTS),
     "search.label_smoothing": (*_TRAINED, DETECTS),
@@ -509,19 +509,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
         ),
         ALWAYS_READ,
     ),
-    **{
-        f"train.optimizer.{key}": ALWAYS_READ
-        for key in (
-            "name",
-            "lr",
-            "weight_decay",
-            "options",
-            "warmup",
-            "schedule",
-            "layer_decay",
-            "clip_norm",
-        )
-    },
+    **{f"train.optimizer.{key}": ALWAYS_READ for key in OF_ANY_OPTIMIZER},
     "train.optimizer.momentum": (NO_TRAIN_MOMENTUM,),
     "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),
     "train.bn_momentum": ALWAYS_READ,
