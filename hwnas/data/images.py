@@ -237,10 +237,30 @@ def _load(images: Images, sampler: Iterable[list[Request]], workers: int) -> Ite
         generator=torch.Generator(),
         worker_init_fn=ignore_in_loader,
     )
-    for batch in loader:
+    for batch in _until_killed(loader):
         if isinstance(batch, DataError | MemoryError):
             raise batch
         yield batch
+
+
+def _until_killed(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader. Raises RuntimeError, in torch's words, if one of its
+    processes was killed while a batch was fetched from it: torch lets the broken
+    connection through.
+    """
+    remaining = iter(batches)
+    while True:
+        try:
+            batch = next(remaining)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError):
+            break
+        yield batch
+    # raised out here, so that nothing keeps the loader: it would report the death of its
+    # process once more, whenever the next child of this process ends
+    del remaining
+    raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly")
 
 
 def training_batches(

@@ -24,6 +24,7 @@ from hwnas.data.images import (
     Images,
     Portion,
     Request,
+    _until_killed,
     evaluation_batches,
     load_images,
     sampled_images,
@@ -31,6 +32,7 @@ from hwnas.data.images import (
     training_batches,
 )
 from hwnas.errors import ConfigError, DataError
+from hwnas.failures import LOADER
 
 torch.set_num_threads(1)
 
@@ -576,3 +578,16 @@ def test_validation_classes_must_be_the_training_classes(image_folder: Path) -> 
     """
     (image_folder / "val" / "cat").rename(image_folder / "val" / "cow")
     refused(folder_config(image_folder), "cat", "cow", split="test")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_loader_that_is_killed_while_a_batch_is_fetched_is_named(error: Exception) -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise error
+
+    batches = _until_killed(broken())
+    assert next(batches) == 1
+    with pytest.raises(RuntimeError) as caught:
+        next(batches)
+    assert LOADER.search(str(caught.value))
