@@ -318,11 +318,8 @@ class Engine:
     @property
     def lr(self) -> float:
         """The learning rate of this step."""
-        return self.base_lr * self._lr_factor(self.step)
-
-    def _lr_factor(self, step: int) -> float:
         config = self.optimizer_config
-        return lr_factor(step, self.steps, config.warmup, config.schedule)
+        return self.base_lr * lr_factor(self.step, self.steps, config.warmup, config.schedule)
 
     def _backward(self, part: Microbatch) -> Metrics:
         """Run one pass and add its gradients to those of the weights. Returns its loss

@@ -43,16 +43,16 @@ def load_initial_weights(network: Network, ctx: StageContext) -> None:
         network.blocks.load_state_dict(trained.blocks[: len(network.blocks)].state_dict())
 
 
-def backbone_file(folder: str) -> Path:
-    """The weights file in ``folder``, which ``train.backbone`` names, or in its
-    subfolder ``train``. Raises ConfigError if there is none.
+def trained_weights(source: str, key: str) -> Path:
+    """The weights of an earlier training run, which the configuration's ``key`` names: the
+    file, the folder that holds it, or the run folder. Raises ConfigError if there are none.
     """
-    root = user_path(folder, "train.backbone")
-    for path in (root / WEIGHTS, root / "train" / WEIGHTS):
+    root = user_path(source, key)
+    for path in (root, root / WEIGHTS, root / "train" / WEIGHTS):
         if path.is_file():
             return path
     raise ConfigError(
-        f"train.backbone = {folder!r} has no {WEIGHTS}: name the folder of a finished training run."
+        f"{key} = {source!r} has no {WEIGHTS}: name the folder of a finished training run."
     )
 
 
@@ -62,7 +62,7 @@ def trained_backbone(folder: str, arch: Architecture) -> Path:
     """
     from hwnas.nn.checkpoint import load_network
 
-    path = backbone_file(folder)
+    path = trained_weights(folder, "train.backbone")
     blocks = load_network(path).arch.blocks
     for position, op in enumerate(arch.blocks):
         trained = None

@@ -16,7 +16,7 @@ from hwnas.networks import architecture
 from hwnas.runs import StageContext
 from hwnas.stages import Stage
 from hwnas.task import task_of
-from hwnas.train.initial_weights import backbone_file, trained_backbone
+from hwnas.train.initial_weights import trained_backbone, trained_weights
 from hwnas.train.result import WEIGHTS
 
 
@@ -76,7 +76,7 @@ class Train(Stage):
                 trained_backbone(config.backbone, arch)
             else:
                 # The search has not chosen the blocks yet, so only the file can be checked.
-                backbone_file(config.backbone)
+                trained_weights(config.backbone, "train.backbone")
 
     @property
     def outputs(self) -> list[str]:
@@ -121,9 +121,7 @@ class Train(Stage):
                     " proxy: set train.weights = 'scratch'."
                 )
         if config.teacher is not None:
-            from hwnas.train.teacher import teacher_file
-
-            files["teacher"] = file_sha256(teacher_file(config.teacher))
+            files["teacher"] = file_sha256(trained_weights(config.teacher, "train.teacher"))
         if config.pretrained is not None:
             from hwnas.nn.pretrained import pretrained_hashes
 

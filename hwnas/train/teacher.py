@@ -13,16 +13,13 @@ resolution; it is in evaluation mode, gets no gradient and is not part of a chec
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from hwnas.document import user_path
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import load_network
 from hwnas.nn.shared import resized
-from hwnas.train.result import WEIGHTS
+from hwnas.train.initial_weights import trained_weights
 
 
 class Teacher:
@@ -34,7 +31,7 @@ class Teacher:
     def __init__(
         self, teacher: str, classes: int, channels: int, device: torch.device | None = None
     ) -> None:
-        network = load_network(teacher_file(teacher))
+        network = load_network(trained_weights(teacher, "train.teacher"))
         arch = network.arch
         if arch.task != "classify" or arch.classes != classes or arch.in_channels != channels:
             raise ConfigError(
@@ -52,16 +49,3 @@ class Teacher:
         sized_NCHW = resized(x_NCHW, self.network.arch.resolution)
         logits: Tensor = self.network(sized_NCHW.contiguous(memory_format=torch.channels_last))
         return torch.softmax(logits.float(), 1)
-
-
-def teacher_file(teacher: str) -> Path:
-    """The weights that ``train.teacher`` names: a file, or those in the folder of a run.
-    Raises ConfigError if there are none.
-    """
-    root = user_path(teacher, "train.teacher")
-    for path in (root, root / WEIGHTS, root / "train" / WEIGHTS):
-        if path.is_file():
-            return path
-    raise ConfigError(
-        f"train.teacher = {teacher!r} has no {WEIGHTS}: name the folder of a finished training run."
-    )
