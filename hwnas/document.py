@@ -31,7 +31,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
 from hwnas.errors import DocumentError, StorageError, UserError
@@ -380,7 +380,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     and the fix.
     """
     first = error.errors()[0]
-    place = ".".join(shortened(str(part)) for part in first["loc"]) or "(top level)"
+    keys = _without_tags(model, first["loc"])
+    place = ".".join(shortened(str(part)) for part in keys) or "(top level)"
     if first["type"] == "extra_forbidden":
         fields = _fields_at(model, first["loc"][:-1])
         return f"unknown key {place!r}; {nearest(shortened(str(first['loc'][-1])), fields)}"
@@ -414,6 +415,37 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
     for inner_model in models:
         keys += [field.alias or name for name, field in inner_model.model_fields.items()]
     return keys
+
+
+def _without_tags(model: type[BaseModel], location: tuple[int | str, ...]) -> list[int | str]:
+    """The parts of a location that a file has: not the tags of unions, which pydantic puts
+    after the name of the field.
+    """
+    models = [model]
+    tags: set[str] = set()
+    kept: list[int | str] = []
+    for part in location:
+        if part in tags:
+            tags = set()
+            continue
+        kept.append(part)
+        inner: list[type[BaseModel]] = []
+        tags = set()
+        for outer in models:
+            for name, field in outer.model_fields.items():
+                if part == (field.alias or name):
+                    inner += _models_in(field.annotation)
+                    tags |= _tags_in(field.annotation)
+        models = inner or models
+    return kept
+
+
+def _tags_in(annotation: Any) -> set[str]:
+    """The tags of the unions inside a type."""
+    tags = {item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)}
+    for argument in get_args(annotation):
+        tags |= _tags_in(argument)
+    return tags
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -19,7 +19,9 @@ from hwnas.data.coco_eval import evaluate
 from hwnas.data.images import evaluation_order
 from hwnas.engine import CrossEntropy, Engine, Microbatch
 from hwnas.errors import DataError, DivergenceError
-from hwnas.nn.ssd import DetectionLoss, Detections, default_boxes
+from hwnas.nn.anchors import anchors_of
+from hwnas.nn.detection_loss import SSDLoss, detection_loss
+from hwnas.nn.post_processor import Detections
 from hwnas.tasks.boxes import DetectionCriterion, average_precision, detect
 from tests.data.scenes import coco_config, load, scene, write_coco, write_scenes
 from tests.nn.detectors import batch, small_arch, small_network
@@ -81,7 +83,7 @@ def test_the_criterion_of_a_detector_is_its_loss_and_reports_its_parts(
 ) -> None:
     network = small_network(scores=scores).train()
     x_NCHW, y_NM5 = batch()
-    expected = float(DetectionLoss(network.arch)(network(x_NCHW), y_NM5).detach())
+    expected = float(detection_loss(network.arch)(network(x_NCHW), y_NM5).detach())
     metrics = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch)).train_step(
         x_NCHW, y_NM5
     )
@@ -114,7 +116,7 @@ class Oracle(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        anchors, coder = default_boxes(self.arch), DetectionLoss(self.arch).ssd.box_coder
+        anchors, coder = anchors_of(self.arch), SSDLoss(self.arch).ssd.box_coder
         logits = torch.full((len(x_NCHW), len(anchors), self.arch.classes + 1), -9.0)
         logits[..., 0] = 9.0
         codes = torch.zeros(len(x_NCHW), len(anchors), 4)

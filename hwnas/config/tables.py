@@ -30,8 +30,9 @@ from hwnas.config.base import (
 )
 from hwnas.config.formats import Format, check_dtype, check_runtime
 from hwnas.config.search import OptimizerConfig
-from hwnas.core.detector import PostProcessing, Scores
-from hwnas.core.ssdlite import EXTRAS
+from hwnas.core.detector import DetectorSpec, PostProcessing, Scores
+from hwnas.core.fcos import CHANNELS, FCOSSpec
+from hwnas.core.ssdlite import EXTRAS, SSDLiteSpec
 
 OptionNumber: TypeAlias = Annotated[int, Field(ge=0, le=1_000_000)]
 """An option that is a number: a width, a depth or a resolution."""
@@ -404,19 +405,51 @@ class DetectorConfig(Section):
     0.6, detections = 100}``; configs/experiments/coco.toml has its whole recipe.
     """
 
+    head: Literal["ssdlite", "fcos"] = Field(
+        "ssdlite",
+        description=(
+            "kind of detector. ssdlite: anchor boxes on the two coarsest feature maps and extra"
+            " layers after them; fcos: no anchor boxes, on the three coarsest ones, joined by a"
+            " light PAN (as in NanoDet and PicoDet). See docs/detection.md"
+        ),
+    )
     extras: tuple[Annotated[int, Field(ge=2, le=2**16)], ...] = Field(
-        EXTRAS, max_length=100, description="output channels of the layers after the backbone"
+        EXTRAS,
+        max_length=100,
+        description="ssdlite: output channels of the layers after the backbone",
     )
     scores: Scores = Field(
         "softmax",
         description=(
-            "softmax: over classes and background, trained with SSD's loss and hard negatives;"
-            " sigmoid: per class, trained with focal loss"
+            "ssdlite: softmax over classes and background, trained with SSD's loss and hard"
+            " negatives; or a sigmoid per class, trained with focal loss"
         ),
+    )
+    channels: int = Field(
+        CHANNELS, ge=2, le=2**16, description="fcos: width of the neck and the heads"
     )
     post_processing: PostProcessing = Field(
         PostProcessing(), description="how raw outputs become detections: score threshold and NMS"
     )
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector that these settings describe."""
+        if self.head == "fcos":
+            return FCOSSpec(channels=self.channels)
+        return SSDLiteSpec(extras=self.extras, scores=self.scores)
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit the keys of anchor-free detectors unless they are used: the hash of run
+        folders from before these keys existed must not change.
+        """
+        content: dict[str, Any] = handler(self)
+        for name in ("head", "channels"):
+            # absent if only the keys that differ from their defaults are dumped
+            if content.get(name) == type(self).model_fields[name].default:
+                del content[name]
+        return content
 
 
 class AugmentationConfig(Section):

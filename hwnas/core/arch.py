@@ -18,10 +18,10 @@ from pydantic import (
     model_validator,
 )
 
-from hwnas.core.detector import Detector
+from hwnas.core.detectors import AnyDetector
 from hwnas.core.graph import StepKey, shapes
 from hwnas.core.head import ClassifierHead, DetectorHead, Head
-from hwnas.core.ops import Op, OpKey
+from hwnas.core.ops import Classifier, Op, OpKey, Predictor
 from hwnas.document import Document
 
 Picks = dict[str, str | int]
@@ -30,8 +30,8 @@ Picks = dict[str, str | int]
 """
 
 
-_ENDS = {"classifier": "a classifier", "ssd": "a head of a detector"}
-"""Kinds of ops that only the last block may have, and their names in messages."""
+_ENDS = ((Classifier, "a classifier"), (Predictor, "a head of a detector"))
+"""Ops that only the last block may be, and their names in messages."""
 
 
 class Origin(BaseModel):
@@ -81,7 +81,7 @@ class Architecture(Document):
     bn_eps: float = Field(default=1e-3, gt=0)
     blocks: tuple[OpKey, ...] = Field(min_length=1)
     graph: tuple[StepKey, ...] = ()
-    detector: Detector | None = None
+    detector: AnyDetector | None = None
     origin: Origin | None = None
 
     @model_validator(mode="after")
@@ -90,17 +90,18 @@ class Architecture(Document):
         size = self.blocks[0].size
         if self.graph:
             # A graph has its own check of which shape each block gets.
-            shapes(self.graph, self.blocks, (channels, size))
+            shapes(self.graph, self.blocks, [(channels, size)])
         for position, op in enumerate(self.blocks):
             if not self.graph and (op.in_ch, op.size) != (channels, size):
                 raise ValueError(
                     f"block {position} ({op.key}) takes {op.in_ch} channels at {op.size} px, but"
                     f" gets {channels} at {size} px"
                 )
-            if op.kind in _ENDS and op is not self.blocks[-1]:
-                raise ValueError(
-                    f"block {position} ({op.key}) is {_ENDS[op.kind]}, but not the last block"
-                )
+            for kind, name in _ENDS:
+                if isinstance(op, kind) and op is not self.blocks[-1]:
+                    raise ValueError(
+                        f"block {position} ({op.key}) is {name}, but not the last block"
+                    )
             channels = op.out_ch
             size = op.out_size
         self.head.check(self.blocks, self.graph)

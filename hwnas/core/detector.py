@@ -1,33 +1,37 @@
-"""The detector of an architecture: the feature maps it reads, its predictors, and its
-anchors.
+"""The detector of an architecture: the feature maps that it reads, the layers between
+these maps and its predictors, and its anchors.
 
-SSD (Liu et al., ECCV 2016, arXiv 1512.02325) has anchor boxes in every cell of several
-feature maps. For each anchor it predicts the class of the object there and the offset
-from the anchor to the object's box. SSDLite (MobileNetV2, arXiv 1801.04381) makes the
-predictions with depthwise separable convolutions. Feature maps are the outputs of
-blocks of the backbone (*taps*) and of layers after its end (*extras*).
+``Detector`` is the form that all detectors have: *taps*, the blocks of the backbone
+whose outputs it reads; a *neck*, a graph of ops that makes further feature maps; and
+*heads*, which predict class logits and box codes for the anchors of each cell of some
+maps. Box codes are those of SSD and Faster R-CNN: for an anchor with the centre (x, y),
+the width w and the height h, the codes tx, ty, tw, th stand for the box with the centre
+(x + w tx / sx, y + h ty / sy), the width w exp(tw / sw) and the height h exp(th / sh);
+``code_scales`` are sx, sy, sw and sh.
 
-Anchors depend only on the fields of ``Detector``, as in torchvision's
-``DefaultBoxGenerator``. A map with f x f cells has the following anchors at the centre
-of each cell: one of scale s_k, one of scale sqrt(s_k s_k+1), and two of scale s_k per
-aspect ratio r, with w:h = r and 1:r. Scales are fractions of the image. They are evenly
-spaced from ``min_ratio`` at the first map to ``max_ratio`` at the last; the scale after
-the last is 1.
+The kinds of detectors are in ``core.ssdlite`` and ``core.fcos``; ``core.detectors`` lists
+them. To add a kind, write its two classes there, its anchors (``nn.anchors``) and its
+loss (``nn.detection_loss``). Building, weight sharing, pricing, export and validation
+follow.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from functools import cached_property
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hwnas.core.ops import ExtraLayer, Op, OpKey, SSDPredictor
+from hwnas.core.graph import Step
+from hwnas.core.ops import Op, OpKey, Predictor
 from hwnas.core.settings import Settings
 
 Scores = Literal["softmax", "sigmoid"]
 """How logits become scores; see ``Detector``."""
-Ratio = Annotated[float, Field(gt=0)]
+FeatureShape = tuple[int, int]
+"""Channels and height = width of a feature map."""
 
 CODE_SIZE = 4
 """Numbers that encode a box."""
@@ -38,47 +42,105 @@ LiteRT's files, joins at most five tensors; more go to slower kernels.
 
 
 class Detector(BaseModel):
-    """An SSD detector on the blocks of an architecture.
+    """A detector on the blocks of an architecture.
 
-    ``taps`` are the positions of blocks, including the last one; ``extras`` is a chain
-    of layers after it. The feature maps are the outputs of the taps and then of the
-    extras, fine to coarse; ``heads`` and ``aspect_ratios`` have one entry per map.
-    ``scores`` says how logits become scores, which also decides the training loss:
-    ``"softmax"`` over the classes and the background (SSD), or one ``"sigmoid"`` per
-    class (focal loss), which leaves the background column unused.
+    ``taps`` are the positions of blocks, including the last one; ``heads`` has one
+    predictor per map that is searched for objects, fine to coarse. ``scores`` says how
+    logits become scores: ``"softmax"`` over the classes and the background, or one
+    ``"sigmoid"`` per class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    NECK: ClassVar[str]
+    """The name of the neck's ops in weights and reports, such as ``extras``."""
+    code_scales: ClassVar[tuple[float, float, float, float]]
+    """Divisors of the codes tx, ty, tw, th."""
+
     taps: tuple[int, ...] = Field(min_length=1)
-    extras: tuple[OpKey, ...] = ()
     heads: tuple[OpKey, ...] = Field(min_length=1)
-    aspect_ratios: tuple[tuple[Ratio, ...], ...]
-    min_ratio: float = Field(default=0.2, gt=0, le=1)
-    max_ratio: float = Field(default=0.95, gt=0, le=1)
-    scores: Scores = "softmax"
+    scores: Scores
+
+    @property
+    @abstractmethod
+    def neck(self) -> tuple[Op, ...]:
+        """The ops of the neck, in the order they run."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[Step, ...]:
+        """The graph of the neck; its inputs, points 0, 1, ..., are the taps. See
+        ``core.graph``.
+        """
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[int, ...]:
+        """The points of the graph that the heads read, one per head."""
+
+    @abstractmethod
+    def check(self, blocks: Sequence[Op]) -> None:
+        """Raise ValueError if the detector does not fit ``blocks``."""
+
+    @cached_property
+    def predictors(self) -> tuple[Predictor, ...]:
+        """The heads, as predictors."""
+        return tuple(head for head in self.heads if isinstance(head, Predictor))
 
     @property
     def classes(self) -> int:
         """Number of classes, without the background."""
-        # a head has one output channel per anchor and class, background included
-        return self._ssd[0].out_ch // self._ssd[0].anchors - 1
+        return self.predictors[0].classes
+
+    @property
+    def background(self) -> int:
+        """1 if the logits of each anchor begin with one of the background, else 0."""
+        return self.predictors[0].background
+
+    @property
+    def logits(self) -> int:
+        """Number of logits of each anchor."""
+        return self.background + self.classes
 
     @property
     def anchors(self) -> int:
         """Number of anchors per image: the number of rows of the network's outputs."""
-        return sum(head.anchors * head.size**2 for head in self._ssd)
+        return sum(head.anchors_per_cell * head.size**2 for head in self.predictors)
 
     @property
-    def _ssd(self) -> tuple[SSDPredictor, ...]:
-        return tuple(head for head in self.heads if isinstance(head, SSDPredictor))
+    def wiring(self) -> tuple[str, ...]:
+        """What decides, besides the taps, which op reads what; empty for a chain of
+        extras.
+        """
+        return ()
 
-    def maps(self, blocks: Sequence[Op]) -> tuple[Op, ...]:
-        """The ops whose outputs are the feature maps."""
-        return (*(blocks[tap] for tap in self.taps), *self.extras)
+    @property
+    def readers(self) -> dict[str, int]:
+        """The names of the ops that read a tap itself -> the position of that tap among
+        the taps. Only these depend on the backbone's widths.
+        """
+        readers: dict[str, int] = {}
+        neck = iter(self.neck_names)
+        for step in self.steps:
+            if step.kind == "op":
+                name = next(neck)
+                if step.of[0] < len(self.taps):
+                    readers[name] = step.of[0]
+        for position, point in enumerate(self.sources):
+            if point < len(self.taps):
+                readers[f"head {position}"] = point
+        return readers
 
-    def check(self, blocks: Sequence[Op]) -> None:
-        """Raise ValueError if the detector does not fit ``blocks``."""
+    @property
+    def neck_names(self) -> tuple[str, ...]:
+        """Names of the neck's ops: ``extra 0``, ``extra 1``, ..., for ``extras``."""
+        singular = self.NECK.removesuffix("s")
+        return tuple(f"{singular} {i}" for i in range(len(self.neck)))
+
+    def check_taps(self, blocks: Sequence[Op]) -> None:
+        """Raise ValueError unless the taps are ascending positions of feature maps that
+        end with the last block.
+        """
         last = len(blocks) - 1
         ascending = list(self.taps) == sorted(set(self.taps))
         if not ascending or self.taps[0] < 0 or self.taps[-1] != last:
@@ -87,59 +149,49 @@ class Detector(BaseModel):
                 f" {last}, the last block"
             )
         for op in blocks:
-            if op.pooled or isinstance(op, SSDPredictor):
+            if op.pooled or isinstance(op, Predictor):
                 raise ValueError(
                     f"block {op.key} leaves no feature map, so it cannot be part of a network with"
                     " a detector"
                 )
 
-        self._check_extras(blocks[-1])
-        maps = self.maps(blocks)
-        if not len(maps) == len(self.heads) == len(self.aspect_ratios):
-            raise ValueError(
-                f"there are {len(maps)} feature maps ({len(self.taps)} taps, {len(self.extras)}"
-                f" extras), but {len(self.heads)} heads and {len(self.aspect_ratios)} lists of"
-                " aspect ratios: give one of each per map"
-            )
-        for position, source in enumerate(maps):
-            # two anchors of 1:1, and two of each aspect ratio
-            anchors = 2 + 2 * len(self.aspect_ratios[position])
-            self._check_head(position, source, self.heads[position], anchors)
-        if self.min_ratio > self.max_ratio:
-            raise ValueError(
-                f"min_ratio = {self.min_ratio:g} is above max_ratio = {self.max_ratio:g}"
-            )
 
-    def _check_extras(self, source: Op) -> None:
-        for position, extra in enumerate(self.extras):
-            if not isinstance(extra, ExtraLayer):
-                raise ValueError(
-                    f"extra {position} ({extra.key}) is a {extra.kind}: write an extra"
-                )
-            _check_input(f"extra {position}", extra, source)
-            source = extra
+class DetectorSpec(BaseModel):
+    """The detector of all architectures of a space, or one that is to be put on an
+    architecture.
 
-    def _check_head(self, position: int, source: Op, head: Op, anchors: int) -> None:
-        if not isinstance(head, SSDPredictor):
-            raise ValueError(f"head {position} ({head.key}) is a {head.kind}: write an ssd")
-        _check_input(f"head {position}", head, source)
-        if head.anchors != anchors:
-            raise ValueError(
-                f"head {position} ({head.key}) has {head.anchors} anchors, but its aspect ratios"
-                f" give {anchors}"
-            )
-        if head.out_ch != head.anchors * (self.classes + 1):
-            raise ValueError(
-                f"head {position} ({head.key}) does not have the {self.classes} classes of head 0"
-            )
+    ``taps`` are the indices of the tapped stages; each is the last stage at its
+    resolution, and they include the last stage. They are empty before a space or an
+    architecture is known. The number of classes is that of the space.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    KIND: ClassVar[str]
+    """The name of the detector in configurations and in names of architectures."""
+    LEVELS: ClassVar[int]
+    """The number of feature maps of the backbone that it reads: those of the coarsest
+    resolutions.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    @abstractmethod
+    def detector(
+        self, taps: tuple[int, ...], maps: Sequence[FeatureShape], classes: int
+    ) -> Detector:
+        """The detector on the outputs of the blocks at positions ``taps``, which have
+        the shapes ``maps``. ``classes`` does not include the background. Raises
+        SpaceError if the maps do not fit.
+        """
 
 
-def _check_input(name: str, op: Op, source: Op) -> None:
-    """Raise ValueError unless ``op`` fits the feature map that ``source`` makes."""
-    if (op.in_ch, op.size) != (source.out_ch, source.out_size):
+def check_input(name: str, op: Op, source: FeatureShape) -> None:
+    """Raise ValueError unless ``op`` reads a feature map of the shape ``source``."""
+    if (op.in_ch, op.size) != source:
         raise ValueError(
             f"{name} ({op.key}) takes {op.in_ch} channels at {op.size} px, but its map has"
-            f" {source.out_ch} at {source.out_size} px"
+            f" {source[0]} at {source[1]} px"
         )
 
 

@@ -1,6 +1,9 @@
-"""The graph of a network that is not a chain: steps that say which op reads what.
+"""The graph of a network, or of a part of one, that is not a chain: steps that say
+which op reads what.
 
-Point 0 is the image, and step i makes point i + 1. Steps are written as keys:
+The first points are the inputs: of a network of cells the image, of a detector's neck
+the feature maps of the backbone. Each step makes the next point. In a network of cells,
+point 0 is thus the image, and step i makes point i + 1. Steps are written as keys:
 
 - ``op 4``: the next block of the architecture, reading point 4
 - ``sum 1 1 3``: the sum of points; a point that is named twice is added twice
@@ -13,7 +16,7 @@ The last step is the last block. In a document every step is a string, its key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -93,13 +96,13 @@ StepKey = Annotated[
 """A step in a pydantic model; documents hold its key."""
 
 
-def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Shape]:
-    """The shape of every point: that of the image, then one per step.
+def shapes(graph: Sequence[Step], blocks: Sequence[Op], inputs: Sequence[Shape]) -> list[Shape]:
+    """The shape of every point: those of the ``inputs``, then one per step.
 
     Raises ValueError if a step reads a later point, if shapes do not fit, or if steps
     and blocks do not correspond.
     """
-    point_shapes = [image]
+    point_shapes = [*inputs]
     ops = iter(blocks)
     for position, step in enumerate(graph):
         if any(point >= len(point_shapes) for point in step.of):
@@ -108,13 +111,13 @@ def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Sh
                 " makes"
             )
 
-        inputs = [point_shapes[point] for point in step.of]
+        read = [point_shapes[point] for point in step.of]
         if step.kind == "op":
             op = next(ops, None)
             if op is None:
                 raise ValueError(f"the graph has more op steps than the {len(blocks)} blocks")
-            if (op.in_ch, op.size) != inputs[0]:
-                channels, size = inputs[0]
+            if (op.in_ch, op.size) != read[0]:
+                channels, size = read[0]
                 raise ValueError(
                     f"block {op.key} takes {op.in_ch} channels at {op.size} px, but step {position}"
                     f" reads {channels} at {size} px"
@@ -123,9 +126,9 @@ def shapes(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> list[Sh
         elif step.kind == "zero":
             point_shapes.append((step.channels, step.size))
         elif step.kind == "cut":
-            point_shapes.append((step.channels, inputs[0][1]))
+            point_shapes.append((step.channels, read[0][1]))
         else:
-            point_shapes.append(_joined(position, step, inputs))
+            point_shapes.append(_joined(position, step, read))
 
     if next(ops, None) is not None or not graph or graph[-1].kind != "op":
         raise ValueError(
@@ -151,17 +154,18 @@ def _joined(position: int, step: Step, inputs: Sequence[Shape]) -> Shape:
     return channels, size
 
 
-def used_steps(graph: Sequence[Step]) -> frozenset[int]:
-    """The positions of the last step and of all steps that it depends on.
+def used_steps(graph: Sequence[Step], outputs: Iterable[int], inputs: int = 1) -> frozenset[int]:
+    """The positions of the steps that the points ``outputs`` depend on, in a graph with
+    that many ``inputs``.
 
     A cell may have unused steps, such as an edge into a node that nothing reads.
     Exported files leave them out.
     """
-    points = {len(graph)}
+    points = {*outputs}
     for position in reversed(range(len(graph))):
-        if position + 1 in points:
+        if position + inputs in points:
             points.update(graph[position].of)
-    return frozenset(point - 1 for point in points if point > 0)
+    return frozenset(point - inputs for point in points if point >= inputs)
 
 
 def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> Iterator[int]:
@@ -172,7 +176,7 @@ def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> I
     ``ir.Program.live_numbers`` for ops. Unused steps count although exported files
     leave them out, so the result is an upper bound for them.
     """
-    values = [channels * size**2 for channels, size in shapes(graph, blocks, image)]
+    values = [channels * size**2 for channels, size in shapes(graph, blocks, [image])]
     last_reader: dict[int, int] = {}
     for position, step in enumerate(graph):
         for point in step.of:
@@ -200,10 +204,12 @@ def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> I
 class GraphBuilder:
     """Collects the blocks and steps of a graph. Every method returns the point that it
     makes. The sum or concatenation of a single point is that point, without a step.
+    ``inputs`` is the number of points that are there at the start.
     """
 
     blocks: list[Op] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    inputs: int = 1
 
     def op(self, op: Op, point: int) -> int:
         """Add a block that reads ``point``."""
@@ -232,4 +238,4 @@ class GraphBuilder:
 
     def _add(self, step: Step) -> int:
         self.steps.append(step)
-        return len(self.steps)
+        return self.inputs + len(self.steps) - 1

@@ -73,7 +73,7 @@ class ClassifierHead(Head):
 
 @dataclass(frozen=True)
 class DetectorHead(Head):
-    """Extra layers after the last block, and predictors on the feature maps."""
+    """A neck on some of the blocks, and predictors on feature maps."""
 
     task = "detect"
     detector: Detector
@@ -85,14 +85,15 @@ class DetectorHead(Head):
 
     @property
     def after(self) -> dict[str, Op]:
-        """``extra 0``, ``extra 1``, ..., then ``head 0``, ``head 1``, ..."""
-        extras = {f"extra {i}": op for i, op in enumerate(self.detector.extras)}
-        return extras | {f"head {i}": op for i, op in enumerate(self.detector.heads)}
+        """``extra 0``, ``extra 1``, ... (or ``neck 0``, ...), then ``head 0``, ..."""
+        neck = dict(zip(self.detector.neck_names, self.detector.neck, strict=True))
+        return neck | {f"head {i}": op for i, op in enumerate(self.detector.heads)}
 
     @property
     def wiring(self) -> tuple[str, ...]:
-        """The taps, as ``tap5``."""
-        return tuple(f"tap{tap}" for tap in self.detector.taps)
+        """The taps, as ``tap5``, and what the neck does besides a chain of ops."""
+        taps = tuple(f"tap{tap}" for tap in self.detector.taps)
+        return (*taps, *self.detector.wiring)
 
     def check(self, blocks: Sequence[Op], graph: Sequence[Step]) -> None:
         """Raise ValueError if taps, feature maps and anchors do not agree, or if there

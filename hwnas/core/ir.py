@@ -21,6 +21,8 @@ are built from it.
 ``concat``              the channels of several maps, concatenated
 ``shuffle``             channel i of group g becomes channel i * groups + g (ShuffleNet)
 ``crop``                the map without its first row and its first column
+``upsample``            bilinear interpolation to twice the height and width, with half-pixel
+                        centres
 ``channels``            a 1-D convolution along the channels of [channels, 1, 1], one
                         kernel for all, without a bias; an activation
 ======================  ==============================================================
@@ -49,6 +51,7 @@ Kind: TypeAlias = Literal[
     "concat",
     "shuffle",
     "crop",
+    "upsample",
     "channels",
 ]
 POOLS: tuple[Kind, ...] = ("avgpool", "maxpool")
@@ -91,6 +94,8 @@ class Node:
             return 1
         if self.kind == "crop":
             return self.size - 1
+        if self.kind == "upsample":
+            return 2 * self.size
         return out_size(self.size, self.stride)
 
     @property
@@ -338,6 +343,10 @@ class ProgramWriter:
     def crop(self, value: int) -> int:
         """The map without its first row and its first column."""
         return self._plain("crop", (value,))
+
+    def upsample(self, value: int) -> int:
+        """The map at twice its height and width."""
+        return self._plain("upsample", (value,))
 
     def along_channels(self, name: str, value: int, kernel: int, act: str) -> int:
         """A 1-D convolution along the channels of a one-pixel map."""

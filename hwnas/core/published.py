@@ -46,7 +46,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.families import PROXYLESSNAS_FILTERS, Shape, fairnas, fbnet, proxylessnas
 from hwnas.core.search_space import SearchSpace
 from hwnas.core.space import MacroSpace
-from hwnas.core.ssdlite import split_expansion, ssdlite
+from hwnas.core.ssdlite import SSDLiteSpec, split_expansion
 from hwnas.core.written import WRITTEN, Written, widened, written
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
@@ -320,7 +320,9 @@ def _ssdlite320_mobilenet_v3_large(name: str, shape: Shape, width: float) -> Arc
     # tap
     tap = max(position for position, op in enumerate(blocks) if op.stride == 2)
     blocks[tap : tap + 1] = split_expansion(blocks[tap])
-    detector = ssdlite(blocks, (tap, len(blocks) - 1), shape["classes"])
+    taps = (tap, len(blocks) - 1)
+    maps = [(blocks[position].out_ch, blocks[position].out_size) for position in taps]
+    detector = SSDLiteSpec().detector(taps, maps, shape["classes"])
     return Architecture(
         name=name,
         in_channels=shape["in_channels"],

@@ -17,10 +17,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from hwnas.core.arch import Architecture, Picks, Position
 from hwnas.core.choice import RESOLUTION, Choice, Option, Term
-from hwnas.core.detector import Scores
+from hwnas.core.detector import DetectorSpec
+from hwnas.core.detectors import AnySpec
 from hwnas.core.ops import Op
 from hwnas.core.space_head import Classifiers, Detectors, SpaceHead
-from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import Document, nearest
 from hwnas.errors import ConfigError, SpaceError
 
@@ -50,7 +50,7 @@ class SearchSpace(Document):
     in_channels: int = 3
     classes: int = Field(gt=0)
     bn_eps: float = Field(default=1e-3, gt=0)
-    detector: DetectorSpec | None = None
+    detector: AnySpec | None = None
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -100,11 +100,9 @@ class SearchSpace(Document):
     def restrict(self, allowed: Mapping[str, Sequence[Option]], name: str | None = None) -> Self:
         """A new space that keeps only the ``allowed`` options of the named choices."""
 
-    def with_detector(
-        self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None
-    ) -> Self:
-        """A new space whose networks carry a detector. Raises ConfigError if networks
-        of this kind of space cannot.
+    def with_detector(self, spec: DetectorSpec | None = None, *, name: str | None = None) -> Self:
+        """A new space whose networks carry a detector: SSDLite, if ``spec`` names no
+        other. Raises ConfigError if networks of this kind of space cannot.
         """
         raise ConfigError(
             f"space {self.name!r} is made of cells, but detectors are searched on chains of blocks:"

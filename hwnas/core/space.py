@@ -27,13 +27,13 @@ from pydantic import Field, model_validator
 
 from hwnas.core.arch import Architecture, Origin, Picks, Position
 from hwnas.core.choice import open_choices
-from hwnas.core.detector import Scores
+from hwnas.core.detection import NUMBERS, SSDLITE
+from hwnas.core.detector import DetectorSpec
 from hwnas.core.ops import Op
 from hwnas.core.option import make_divisible
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
 from hwnas.core.space_head import last_stages
 from hwnas.core.space_stage import Slot, SpaceStage, block_key, depth_key, width_key
-from hwnas.core.ssdlite import EXTRAS, DetectorSpec
 from hwnas.document import nearest
 from hwnas.errors import SpaceError
 
@@ -439,17 +439,16 @@ class MacroSpace(SearchSpace):
             stages.append(stage.model_copy(update={"widths": tuple(dict.fromkeys(widths))}))
         return self._changed(stages, name or f"{self.name}-w{width:g}")
 
-    def with_detector(
-        self, *, extras: Sequence[int] = EXTRAS, scores: Scores = "softmax", name: str | None = None
-    ) -> Self:
-        """A new space of detectors: SSDLite on the backbones of this space, as
-        ``core.ssdlite.with_detector`` adds it to a single architecture.
+    def with_detector(self, spec: DetectorSpec | None = None, *, name: str | None = None) -> Self:
+        """A new space of detectors: SSDLite, or the detector of ``spec``, on the
+        backbones of this space, as ``core.detection.with_detector`` adds it to a single
+        architecture.
 
         Stages that exist only for the classifier are left out: pooled heads and the
         last 1 x 1 convolution. The *taps* are the stages whose outputs feed the
-        detector: the last stage at each of the two lowest resolutions. Raises
-        SpaceError if the remaining stages have fewer than two resolutions, or if the
-        input resolution is searched.
+        detector: the last stage at each of the lowest resolutions. Raises SpaceError if
+        the remaining stages have too few resolutions, or if the input resolution is
+        searched.
 
         Example:
             >>> from hwnas.core.spaces import proxylessnas
@@ -467,16 +466,18 @@ class MacroSpace(SearchSpace):
 
         # A space needs at least one stage. If the backbone has none, keep the stages of
         # the classifier for now: they have no two resolutions, so the check below raises.
+        spec = spec or SSDLITE
         stages = self.head.backbone(self.stages)
-        bare = self._changed(stages or self.stages, name or f"{self.name}-ssdlite", detector=None)
+        bare_name = name or f"{self.name}-{spec.KIND}"
+        bare = self._changed(stages or self.stages, bare_name, detector=None)
         ends = last_stages(bare.slots)
-        if len(ends) < 2:
+        if len(ends) < spec.LEVELS:
             raise SpaceError(
-                f"space {self.name} cannot carry a detector: it needs feature maps at two"
-                " resolutions."
+                f"space {self.name} cannot carry a detector: it needs feature maps at"
+                f" {NUMBERS[spec.LEVELS]} resolutions."
             )
-        spec = DetectorSpec(taps=ends[-2:], extras=tuple(extras), scores=scores)
-        return bare._changed(bare.stages, None, detector=spec.model_dump())
+        tapped = {**spec.model_dump(), "taps": ends[-spec.LEVELS :]}
+        return bare._changed(bare.stages, None, detector=tapped)
 
     def _changed(self, stages: Sequence[SpaceStage], name: str | None, **update: Any) -> Self:
         """A copy with other stages and fields. It is validated again, unlike

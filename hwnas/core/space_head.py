@@ -1,4 +1,4 @@
-"""The end of the networks of a macro space: a classifier, or SSDLite on some of the
+"""The end of the networks of a macro space: a classifier, or a detector on some of the
 stages.
 
 ``SearchSpace.head`` chooses the class; code that depends on the end of the networks
@@ -10,18 +10,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import ClassVar
 
 from hwnas.core.arch import Architecture, Position
 from hwnas.core.choice import RESOLUTION, Term
-from hwnas.core.detector import Detector
+from hwnas.core.detector import Detector, DetectorSpec
 from hwnas.core.head import ClassifierHead, DetectorHead
 from hwnas.core.ops import Classifier, Op
 from hwnas.core.option import parse_option
 from hwnas.core.space_stage import Slot, SpaceStage, has_pooled_head
-from hwnas.core.ssdlite import DetectorSpec, extra_op, head_op, ssdlite
 
 
 class SpaceHead(ABC):
@@ -104,7 +103,7 @@ class Classifiers(SpaceHead):
 
 @dataclass(frozen=True)
 class Detectors(SpaceHead):
-    """SSDLite as the document of the space specifies it."""
+    """A detector as the document of the space specifies it."""
 
     task = DetectorHead.task
     needs_features = False
@@ -135,7 +134,7 @@ class Detectors(SpaceHead):
         taps = self.spec.taps
         ends = last_stages(slots)
         ascending = list(taps) == sorted(set(taps))
-        if not ascending or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
+        if not taps or not ascending or not set(taps) <= set(ends) or taps[-1] != ends[-1]:
             raise ValueError(
                 f"the taps {list(taps)} of the detector must be ascending stages, each the last at"
                 f" its resolution (one of {list(ends)}), and end with {ends[-1]}, the last stage"
@@ -146,57 +145,41 @@ class Detectors(SpaceHead):
         return list(stages)
 
     def terms(self, slots: Sequence[Slot]) -> tuple[Term, ...]:
-        """One term per extra and one per head. Only ops that read a tap depend on a
-        choice: the width of the tapped stage.
+        """One term per op of the neck and one per head. Only ops that read a tap depend
+        on a choice: the width of the tapped stage.
         """
         last_slot = {slot.stage: slot for slot in slots}
-        maps: list[_FeatureMap] = []
-        for tap in self.spec.taps:
-            slot = last_slot[tap]
-            maps.append(_FeatureMap(slot.out_key, slot.out_sizes[0], slot.out_widths))
-
-        extras: list[Term] = []
-        for i, width in enumerate(self.spec.extras):
-            source = maps[-1]
-            ops = [extra_op(source.size, channels, width) for channels in source.widths]
-            extras.append(Term.over(f"extra{i}", {source.key: len(ops)}, ops))
-            maps.append(_FeatureMap("", ops[0].out_size, (width,)))
-
-        heads: list[Term] = []
-        for i, source in enumerate(maps):
-            ops = [head_op(source.size, width, self.classes) for width in source.widths]
-            heads.append(Term.over(f"head{i}", {source.key: len(ops)}, ops))
-        return (*extras, *heads)
+        tapped = [last_slot[tap] for tap in self.spec.taps]
+        # any widths will do: the ops that depend on them are replaced below
+        maps = [(slot.out_widths[0], slot.out_sizes[0]) for slot in tapped]
+        positions = tuple(range(len(tapped)))
+        detector = self.spec.detector(positions, maps, self.classes)
+        terms: list[Term] = []
+        for name, op in DetectorHead(detector).after.items():
+            counts: dict[str, int] = {}
+            ops = [op]
+            if name in detector.readers:
+                slot = tapped[detector.readers[name]]
+                ops = [replace(op, in_ch=width) for width in slot.out_widths]
+                counts[slot.out_key] = len(ops)
+            terms.append(Term.over(name.replace(" ", ""), counts, ops))
+        return tuple(terms)
 
     def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
-        """Empty: extras and heads come after the blocks."""
+        """Empty: the neck and the heads come after the blocks."""
         return ()
 
     def detector(self, kept: Sequence[tuple[Slot, Op]]) -> Detector:
-        """SSDLite whose taps are the last kept blocks of the specified stages."""
-        blocks = [op for _, op in kept]
+        """The detector whose taps are the last kept blocks of the specified stages."""
         stages = [slot.stage for slot, _ in kept]
         # stages ascend, so this is the position of the last block of stage ``tap``
         taps = tuple(bisect_right(stages, tap) - 1 for tap in self.spec.taps)
-        extras = self.spec.extras
-        scores = self.spec.scores
-        return ssdlite(blocks, taps, self.classes, extras=extras, scores=scores)
+        maps = [(kept[tap][1].out_ch, kept[tap][1].out_size) for tap in taps]
+        return self.spec.detector(taps, maps, self.classes)
 
     def positions(self, arch: Architecture) -> tuple[Position, ...]:
-        """One position per extra and per head."""
+        """One position per op of the neck and per head."""
         return tuple(Position.of(name, op) for name, op in arch.head.after.items())
-
-
-@dataclass(frozen=True)
-class _FeatureMap:
-    """A feature map that extras and heads read: its height = width ``size``, its
-    possible ``widths`` in channels, and the ``key`` of the decision on the width (empty
-    for extras, whose width is fixed).
-    """
-
-    key: str
-    size: int
-    widths: tuple[int, ...]
 
 
 def last_stages(slots: Sequence[Slot]) -> tuple[int, ...]:

@@ -1,10 +1,23 @@
-"""SSDLite detectors on the backbone of any architecture.
+"""SSDLite: anchor boxes of several scales and shapes in every cell of several feature
+maps.
 
-Sources: SSDLite is from MobileNetV2 (arXiv 1801.04381). The taps, the extras and the
-scales are MobileDet's (arXiv 2004.14525), from its configuration and feature extractor
-(tensorflow/models: object_detection ``ssdlite_mobiledet_cpu_320x320_coco_sync_4x4``);
-TuNAS (arXiv 2008.06120) taps the same blocks of its spaces. The layers and the anchors
-are those of torchvision's ``ssdlite``.
+SSD (Liu et al., ECCV 2016, arXiv 1512.02325) predicts for each anchor the class of the
+object there and the offset from the anchor to the object's box. SSDLite (MobileNetV2,
+arXiv 1801.04381) makes the predictions with depthwise separable convolutions. Feature
+maps are the outputs of blocks of the backbone (*taps*) and of a chain of layers after
+its end (*extras*).
+
+Anchors depend only on the fields of ``SSDLite``, as in torchvision's
+``DefaultBoxGenerator``. A map with f x f cells has the following anchors at the centre
+of each cell: one of scale s_k, one of scale sqrt(s_k s_k+1), and two of scale s_k per
+aspect ratio r, with w:h = r and 1:r. Scales are fractions of the image. They are evenly
+spaced from ``min_ratio`` at the first map to ``max_ratio`` at the last; the scale after
+the last is 1.
+
+The taps, the extras and the scales are MobileDet's (arXiv 2004.14525), from its
+configuration and feature extractor (tensorflow/models: object_detection
+``ssdlite_mobiledet_cpu_320x320_coco_sync_4x4``); TuNAS (arXiv 2008.06120) taps the same
+blocks of its spaces. The layers and the anchors are those of torchvision's ``ssdlite``.
 
 *Difference from MobileDet*: the finest map has six anchors per cell, as in torchvision;
 TensorFlow's has three.
@@ -13,15 +26,15 @@ TensorFlow's has three.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from hwnas.core.arch import Architecture
-from hwnas.core.detector import Detector, Scores
-from hwnas.core.ops import Conv, DSConv, ExtraLayer, MBConv, Op, SSDPredictor
-from hwnas.errors import SpaceError
+from hwnas.core.detector import Detector, DetectorSpec, FeatureShape, Scores, check_input
+from hwnas.core.graph import Step
+from hwnas.core.ops import Conv, DSConv, ExtraLayer, MBConv, Op, OpKey, SSDPredictor
+
+Ratio = Annotated[float, Field(gt=0)]
 
 EXTRAS = (512, 256, 256, 128)
 """Output channels of the extra layers after the backbone."""
@@ -31,104 +44,125 @@ ANCHORS = 2 + 2 * len(ASPECT_RATIOS)
 """Number of anchors per cell of a map."""
 
 
-class DetectorSpec(BaseModel):
-    """The SSDLite detector of all architectures of a space.
+class SSDLite(Detector):
+    """SSDLite on the blocks of an architecture.
 
-    ``taps`` are the indices of the tapped stages; each is the last stage at its
-    resolution, and they include the last stage. ``extras`` are the output channels of
-    the layers after it. The number of classes is that of the space.
+    ``extras`` is a chain of layers after the last tap. The feature maps are the outputs
+    of the taps and then of the extras, fine to coarse; ``heads`` and ``aspect_ratios``
+    have one entry per map. ``scores`` also decides the training loss: SSD's with
+    softmax, the focal loss with sigmoid, which leaves the background column unused.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    NECK: ClassVar[str] = "extras"
+    # SSD's variances
+    code_scales: ClassVar[tuple[float, float, float, float]] = (10.0, 10.0, 5.0, 5.0)
 
     taps: tuple[int, ...] = Field(min_length=1)
+    extras: tuple[OpKey, ...] = ()
+    heads: tuple[OpKey, ...] = Field(min_length=1)
+    aspect_ratios: tuple[tuple[Ratio, ...], ...]
+    min_ratio: float = Field(default=0.2, gt=0, le=1)
+    max_ratio: float = Field(default=0.95, gt=0, le=1)
+    scores: Scores = "softmax"
+
+    @property
+    def neck(self) -> tuple[Op, ...]:
+        """The extras."""
+        return self.extras
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """A chain that begins at the last tap."""
+        first = len(self.taps) - 1
+        return tuple(Step("op", (first + position,)) for position in range(len(self.extras)))
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """All taps and all extras."""
+        return tuple(range(len(self.taps) + len(self.extras)))
+
+    def check(self, blocks: Sequence[Op]) -> None:
+        """Raise ValueError if the detector does not fit ``blocks``."""
+        self.check_taps(blocks)
+        self._check_extras(blocks[-1])
+        maps = [*(blocks[tap] for tap in self.taps), *self.extras]
+        if not len(maps) == len(self.heads) == len(self.aspect_ratios):
+            raise ValueError(
+                f"there are {len(maps)} feature maps ({len(self.taps)} taps, {len(self.extras)}"
+                f" extras), but {len(self.heads)} heads and {len(self.aspect_ratios)} lists of"
+                " aspect ratios: give one of each per map"
+            )
+        for position, source in enumerate(maps):
+            # two anchors of 1:1, and two of each aspect ratio
+            anchors = 2 + 2 * len(self.aspect_ratios[position])
+            self._check_head(position, source, self.heads[position], anchors)
+        if self.min_ratio > self.max_ratio:
+            raise ValueError(
+                f"min_ratio = {self.min_ratio:g} is above max_ratio = {self.max_ratio:g}"
+            )
+
+    def _check_extras(self, source: Op) -> None:
+        for position, extra in enumerate(self.extras):
+            if not isinstance(extra, ExtraLayer):
+                raise ValueError(
+                    f"extra {position} ({extra.key}) is a {extra.kind}: write an extra"
+                )
+            check_input(f"extra {position}", extra, (source.out_ch, source.out_size))
+            source = extra
+
+    def _check_head(self, position: int, source: Op, head: Op, anchors: int) -> None:
+        if not isinstance(head, SSDPredictor):
+            raise ValueError(f"head {position} ({head.key}) is a {head.kind}: write an ssd")
+        check_input(f"head {position}", head, (source.out_ch, source.out_size))
+        if head.anchors != anchors:
+            raise ValueError(
+                f"head {position} ({head.key}) has {head.anchors} anchors, but its aspect ratios"
+                f" give {anchors}"
+            )
+        if head.out_ch != head.anchors * (self.classes + 1):
+            raise ValueError(
+                f"head {position} ({head.key}) does not have the {self.classes} classes of head 0"
+            )
+
+
+class SSDLiteSpec(DetectorSpec):
+    """SSDLite on the architectures of a space. ``extras`` are the output channels of
+    the layers after the last tapped stage.
+    """
+
+    KIND: ClassVar[str] = "ssdlite"
+    LEVELS: ClassVar[int] = 2
+
     extras: tuple[Annotated[int, Field(ge=2)], ...] = EXTRAS
     scores: Scores = "softmax"
 
-
-def with_detector(
-    arch: Architecture,
-    classes: int,
-    *,
-    resolution: int = 320,
-    extras: Sequence[int] = EXTRAS,
-    scores: Scores = "softmax",
-) -> Architecture:
-    """Put SSDLite on the backbone of ``arch``, for images of ``resolution`` px.
-    ``classes`` does not include the background.
-
-    Blocks that belong to the classifier are left out: pooled blocks and the 1 x 1
-    convolution before them. Taps are the last block at each of the last two resolutions
-    (strides 16 and 32 in networks for 224 px). Raises SpaceError if the backbone has
-    just one resolution.
-
-    Example:
-        >>> from hwnas.core.published import published
-        >>> arch = with_detector(published("proxylessnas_mobile"), classes=90)
-        >>> [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)]
-        [(96, 20), (320, 10), (512, 5), (256, 3), (256, 2), (128, 1)]
-    """
-    blocks = _resized(_backbone(arch.blocks), resolution)
-    # the last block at the next finer resolution is the first tap
-    coarsest = blocks[-1].out_size
-    finer = [position for position, op in enumerate(blocks) if op.out_size > coarsest]
-    if not finer:
-        raise SpaceError(
-            f"architecture {arch.name!r} cannot carry a detector: it needs feature maps at two"
-            " resolutions."
+    def detector(
+        self, taps: tuple[int, ...], maps: Sequence[FeatureShape], classes: int
+    ) -> SSDLite:
+        """Extras have stride 2, half their output width inside, and ReLU6."""
+        chain: list[Op] = []
+        shapes = [*maps]
+        for width in self.extras:
+            channels, size = shapes[-1]
+            extra = ExtraLayer(size, channels, width, width // 2, kernel=3, stride=2, act="relu6")
+            chain.append(extra)
+            shapes.append((width, extra.out_size))
+        heads: list[Op] = []
+        for channels, size in shapes:
+            heads.append(_head(size, channels, classes))
+        return SSDLite(
+            taps=taps,
+            extras=tuple(chain),
+            heads=tuple(heads),
+            aspect_ratios=(ASPECT_RATIOS,) * len(shapes),
+            scores=self.scores,
         )
-    detector = ssdlite(blocks, (finer[-1], len(blocks) - 1), classes, extras=extras, scores=scores)
-    return Architecture(
-        name=f"{arch.name}-ssdlite",
-        in_channels=arch.in_channels,
-        bn_eps=arch.bn_eps,
-        blocks=blocks,
-        detector=detector,
-    )
 
 
-def ssdlite(
-    blocks: Sequence[Op],
-    taps: tuple[int, ...],
-    classes: int,
-    *,
-    extras: Sequence[int] = EXTRAS,
-    scores: Scores = "softmax",
-) -> Detector:
-    """SSDLite on the outputs of the blocks at positions ``taps``. Extras have stride 2,
-    half their output width inside, and ReLU6. ``classes`` does not include the
-    background.
-    """
-    chain: list[Op] = []
-    source = blocks[-1]
-    for width in extras:
-        source = extra_op(source.out_size, source.out_ch, width)
-        chain.append(source)
-    maps = [*(blocks[tap] for tap in taps), *chain]
-    heads = tuple(head_op(op.out_size, op.out_ch, classes) for op in maps)
-    return Detector(
-        taps=taps,
-        extras=tuple(chain),
-        heads=heads,
-        aspect_ratios=(ASPECT_RATIOS,) * len(maps),
-        scores=scores,
-    )
-
-
-def extra_op(size: int, in_ch: int, width: int) -> Op:
-    """The extra layer that reads a feature map of ``in_ch`` channels with height =
-    width ``size`` and makes the next one, of ``width`` channels and half the size.
-    """
-    return ExtraLayer(size, in_ch, width, width // 2, kernel=3, stride=2, act="relu6")
-
-
-def head_op(size: int, in_ch: int, classes: int) -> Op:
-    """The predictors on a feature map of ``in_ch`` channels with height = width
-    ``size``. ``classes`` does not include the background.
-    """
-    return SSDPredictor(
-        size, in_ch, ANCHORS * (classes + 1), kernel=3, act="relu6", anchors=ANCHORS
-    )
+def _head(size: int, in_ch: int, classes: int) -> SSDPredictor:
+    """The predictors on a feature map."""
+    out_ch = ANCHORS * (classes + 1)
+    return SSDPredictor(size, in_ch, out_ch, kernel=3, act="relu6", anchors=ANCHORS)
 
 
 def split_expansion(op: Op) -> tuple[Op, Op]:
@@ -145,31 +179,3 @@ def split_expansion(op: Op) -> tuple[Op, Op]:
     expansion = Conv(op.size, op.in_ch, op.mid_ch, act=op.act)
     kept = {name: getattr(op, name) for name in ("kernel", "stride", "se_ch", "se_gate", "act")}
     return expansion, DSConv(op.size, op.mid_ch, op.out_ch, **kept)
-
-
-def detector_of(arch: Architecture) -> Detector:
-    """The detector of an architecture that has one."""
-    assert arch.detector is not None, f"{arch.name} has no detector"
-    return arch.detector
-
-
-def _backbone(blocks: Sequence[Op]) -> tuple[Op, ...]:
-    """The blocks that do not belong to a classifier: all, if there is no classifier."""
-    kept = [op for op in blocks if not op.pooled]
-    if len(kept) < len(blocks):
-        # a 1 x 1 convolution before the pooling makes the features of the classifier
-        last = kept[-1]
-        if isinstance(last, Conv) and last.kernel == last.stride == 1:
-            kept.pop()
-    return tuple(kept)
-
-
-def _resized(blocks: Sequence[Op], resolution: int) -> tuple[Op, ...]:
-    """The blocks for images of another height = width ``resolution``."""
-    resized: list[Op] = []
-    size = resolution
-    for op in blocks:
-        op_resized = replace(op, size=size)
-        resized.append(op_resized)
-        size = op_resized.out_size
-    return tuple(resized)

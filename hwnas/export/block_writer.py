@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from hwnas.core.detection import detector_of
 from hwnas.core.detector import CODE_SIZE
 from hwnas.core.graph import Step, used_steps
 from hwnas.core.ir import INPUT, POOLS, Node, Program
 from hwnas.core.ops import Op
-from hwnas.core.ssdlite import detector_of
 from hwnas.errors import ExportError
 from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.network import Network
@@ -50,7 +50,8 @@ class BlockWriter(ABC, Generic[V]):
             return self.detector(x, network)
         if network.arch.graph:
             blocks = zip(network.arch.blocks, network.blocks, strict=True)
-            return (self._graph(x, network.arch.graph, blocks),)
+            last = len(network.arch.graph)
+            return tuple(self._graph([x], network.arch.graph, [last], blocks, "blocks"))
         return (self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")[-1],)
 
     def block(self, x: V, op: Op, module: nn.Module) -> tuple[V, ...]:
@@ -111,6 +112,8 @@ class BlockWriter(ABC, Generic[V]):
             return self.channels_joined(read, node.name)
         if node.kind == "shuffle":
             return self.shuffle(read[0], node.name, node.groups)
+        if node.kind == "upsample":
+            return self.upsample(read[0], node.name)
         assert node.kind == "crop", node.kind
         return self.crop(read[0], node.name)
 
@@ -124,10 +127,19 @@ class BlockWriter(ABC, Generic[V]):
         self.scope = ""
         return outputs
 
-    def _graph(self, x: V, graph: Sequence[Step], blocks: Iterator[tuple[Op, nn.Module]]) -> V:
-        """Add a network of cells, and return the value of its last step."""
-        points = {0: x}
-        used = used_steps(graph)
+    def _graph(
+        self,
+        inputs: Sequence[V],
+        graph: Sequence[Step],
+        outputs: Sequence[int],
+        blocks: Iterator[tuple[Op, nn.Module]],
+        name: str,
+    ) -> list[V]:
+        """Add a graph, and return the values of its points ``outputs``. ``name`` is that
+        of the module that contains its ``blocks``.
+        """
+        points = dict(enumerate(inputs))
+        used = used_steps(graph, outputs, len(inputs))
         numbered = enumerate(blocks)
         for number, step in enumerate(graph):
             block = next(numbered) if step.kind == "op" else None
@@ -139,7 +151,7 @@ class BlockWriter(ABC, Generic[V]):
             if block is not None:
                 position, (op, module) = block
                 # the names of a chain, so that files of both kinds read alike
-                self.scope = f"blocks.{position}."
+                self.scope = f"{name}.{position}."
                 (result,) = self.block(read[0], op, module)
             elif step.kind == "sum":
                 # runtimes add two maps at a time
@@ -152,9 +164,9 @@ class BlockWriter(ABC, Generic[V]):
                 result = self.first_channels(read[0], "cut", step.channels)
             else:
                 result = self.zeros("zero", step.channels, step.size)
-            points[number + 1] = result
+            points[len(inputs) + number] = result
         self.scope = ""
-        return points[len(graph)]
+        return [points[point] for point in outputs]
 
     def predictions(self, x: V, network: DetectionNetwork) -> list[tuple[V, V]]:
         """Add a detector. Returns the class logits and box codes of each of
@@ -162,8 +174,9 @@ class BlockWriter(ABC, Generic[V]):
         """
         detector = detector_of(network.arch)
         blocks = self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")
-        extras = self._chain(blocks[-1], detector.extras, list(network.extras), "extras.")
-        maps = [*(blocks[tap] for tap in detector.taps), *extras]
+        taps = [blocks[tap] for tap in detector.taps]
+        neck = zip(detector.neck, network.neck.children(), strict=True)
+        maps = self._graph(taps, detector.steps, detector.sources, neck, detector.NECK)
         heads = zip(maps, detector.heads, network.heads, strict=True)
         predictions = []
         for position, (feature_map, op, head) in enumerate(heads):
@@ -174,14 +187,15 @@ class BlockWriter(ABC, Generic[V]):
         return predictions
 
     def detector(self, x: V, network: DetectionNetwork) -> tuple[V, V]:
-        """Add a detector. Returns its raw outputs: class logits [1, anchors, classes +
-        1] and box codes [1, anchors, 4].
+        """Add a detector. Returns its raw outputs with one row per anchor: class logits
+        and box codes.
         """
+        logits_per_anchor = detector_of(network.arch).logits
         logits = []
         codes = []
         for position, (classes, boxes) in enumerate(self.predictions(x, network)):
             self.scope = f"heads.{position}."
-            logits.append(self.rows("classes", classes, network.arch.classes + 1))
+            logits.append(self.rows("classes", classes, logits_per_anchor))
             codes.append(self.rows("boxes", boxes, CODE_SIZE))
         self.scope = ""
         return self.concatenate("logits", logits), self.concatenate("codes", codes)
@@ -235,6 +249,10 @@ class BlockWriter(ABC, Generic[V]):
     @abstractmethod
     def crop(self, x: V, name: str) -> V:
         """The map without its first row and its first column."""
+
+    @abstractmethod
+    def upsample(self, x: V, name: str) -> V:
+        """Bilinear interpolation to twice the height and width, half-pixel centres."""
 
     @abstractmethod
     def channels_joined(self, parts: Sequence[V], name: str) -> V:

@@ -1,5 +1,5 @@
 """What an exported detector computes after its network: scores from logits, and boxes
-from codes.
+from codes, for all kinds of detectors.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hwnas.core.detection import detector_of
 from hwnas.core.detector import CODE_SIZE
-from hwnas.core.ssdlite import detector_of
+from hwnas.nn.anchors import anchors_of
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.ssd import default_boxes
 
-CODE_SCALES = (10.0, 10.0, 5.0, 5.0)
-"""Divisors of the codes tx, ty, tw, th: SSD's variances."""
 LARGEST_GROWTH = math.log(1000 / 16)
 """Upper limit of the codes of width and height after scaling, as in torchvision."""
 
@@ -32,14 +30,18 @@ class Decoded(nn.Module):
         super().__init__()
         self.network = network
         self.size = float(network.arch.resolution)
-        self.sigmoid = detector_of(network.arch).scores == "sigmoid"
+        detector = detector_of(network.arch)
+        self.sigmoid = detector.scores == "sigmoid"
+        self.background = detector.background
         self.register_buffer("centres_A4", centres(network))
-        self.register_buffer("scales_4", torch.tensor(CODE_SCALES))
+        self.register_buffer("scales_4", torch.tensor(detector.code_scales))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> [N, anchors, 4 + classes]."""
         logits, codes = self.network(x_NCHW)
-        scores = logits[..., 1:].sigmoid() if self.sigmoid else logits.softmax(dim=-1)[..., 1:]
+        # the softmax needs the background, so it is dropped only afterwards
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        scores = scores[..., self.background :]
         centres_A4 = self.get_buffer("centres_A4")
         codes = codes / self.get_buffer("scales_4")
         centre = codes[..., :2] * centres_A4[:, 2:] + centres_A4[:, :2]
@@ -50,7 +52,7 @@ class Decoded(nn.Module):
 
 def centres(network: DetectionNetwork) -> Tensor:
     """The anchors [A, 4]: centre x, centre y, width, height in pixels."""
-    boxes_A4 = default_boxes(network.arch)
+    boxes_A4 = anchors_of(network.arch)
     sides = boxes_A4[:, 2:] - boxes_A4[:, :2]
     return torch.cat((boxes_A4[:, :2] + 0.5 * sides, sides), dim=1)
 

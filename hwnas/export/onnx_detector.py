@@ -16,10 +16,10 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from hwnas.core.detection import detector_of
 from hwnas.core.detector import PostProcessing
-from hwnas.core.ssdlite import detector_of
 from hwnas.errors import ExportError
-from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres, columns
+from hwnas.export.detector import LARGEST_GROWTH, centres, columns
 from hwnas.export.names import CHOSEN, DETECTIONS, IMAGE
 from hwnas.export.onnx_writer import OnnxWriter
 from hwnas.export.post_processing import BOX, NMS_COLUMNS
@@ -44,9 +44,12 @@ def add_decoding(network: DetectionNetwork, metadata: Mapping[str, str]) -> byte
 
 def _scores(graph: OnnxWriter, logits: str, network: DetectionNetwork) -> str:
     """Scores [1, anchors, classes], without the background."""
-    classes = network.arch.classes
-    if detector_of(network.arch).scores == "sigmoid":
-        of_classes = _part(graph, "classes", logits, 1, classes)
+    detector = detector_of(network.arch)
+    classes = detector.classes
+    if detector.scores == "sigmoid":
+        of_classes = logits
+        if detector.background:
+            of_classes = _part(graph, "classes", logits, detector.background, classes)
         return graph.operator("Sigmoid", "scores", [of_classes], graph.shape(of_classes))
     # the softmax needs the background, so it is dropped only afterwards
     shares = graph.operator("Softmax", "softmax", [logits], graph.shape(logits), axis=2)
@@ -56,6 +59,7 @@ def _scores(graph: OnnxWriter, logits: str, network: DetectionNetwork) -> str:
 def _boxes(graph: OnnxWriter, codes: str, network: DetectionNetwork) -> str:
     """Boxes [1, anchors, 4]: x1, y1, x2, y2 in pixels, clipped to the image."""
     centres_A4: npt.NDArray[np.float64] = centres(network).double().numpy()
+    scales = detector_of(network.arch).code_scales
     anchors = centres_A4[None, :, :2]
     sides = centres_A4[None, :, 2:]
 
@@ -64,11 +68,11 @@ def _boxes(graph: OnnxWriter, codes: str, network: DetectionNetwork) -> str:
         return graph.operator(code, name, [x, constant], graph.shape(x))
 
     centre_codes = _part(graph, "centre.codes", codes, 0, 2)
-    centre = apply("Mul", "shift", centre_codes, sides / CODE_SCALES[:2])
+    centre = apply("Mul", "shift", centre_codes, sides / scales[:2])
     centre = apply("Add", "centre", centre, anchors)
 
     size_codes = _part(graph, "size.codes", codes, 2, 2)
-    growth = apply("Mul", "growth", size_codes, 1 / np.array(CODE_SCALES[2:]))
+    growth = apply("Mul", "growth", size_codes, 1 / np.array(scales[2:]))
     growth = apply("Min", "growth.limited", growth, np.array(LARGEST_GROWTH))
     half = graph.operator("Exp", "growth.factor", [growth], graph.shape(growth))
     half = apply("Mul", "half", half, sides / 2)

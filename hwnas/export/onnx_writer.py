@@ -46,8 +46,8 @@ def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> b
     """Write a network as a float32 ONNX file with the input ``image`` [1, channels,
     size, size] and the output ``logits`` [1, classes].
 
-    A detector has two outputs: ``logits`` [1, anchors, classes + 1], with the
-    background first, and ``codes`` [1, anchors, 4].
+    A detector has two outputs: ``logits`` [1, anchors, classes], with SSDLite [1,
+    anchors, classes + 1] with the background first, and ``codes`` [1, anchors, 4].
 
     The file computes what the network computes in eval mode; the network itself stays
     unchanged. The same weights give the same bytes. ``metadata`` goes into the file's
@@ -301,6 +301,19 @@ class OnnxWriter(OnnxGraph, BlockWriter[str]):
         shape = (batch, channels, height - 1, width - 1)
         return self.slice(
             name, x, shape, {"starts": (1, 1), "ends": (height, width), "axes": (2, 3)}
+        )
+
+    def upsample(self, x: str, name: str) -> str:
+        """Resize."""
+        batch, channels, height, width = self.shape(x)
+        factors = self.floats(f"{name}.factors", np.array([1.0, 1.0, 2.0, 2.0]))
+        return self.operator(
+            "Resize",
+            name,
+            [x, "", factors],
+            (batch, channels, 2 * height, 2 * width),
+            mode="linear",
+            coordinate_transformation_mode="half_pixel",
         )
 
     def channels_joined(self, parts: Sequence[str], name: str) -> str:

@@ -25,9 +25,9 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
-from hwnas.core.detector import CODE_SIZE, PostProcessing
-from hwnas.core.ssdlite import detector_of
-from hwnas.export.detector import CODE_SCALES, LARGEST_GROWTH, centres
+from hwnas.core.detection import detector_of
+from hwnas.core.detector import CODE_SIZE, Detector, PostProcessing
+from hwnas.export.detector import LARGEST_GROWTH, centres
 from hwnas.export.names import DETECTIONS, TASK_OUTPUTS
 from hwnas.export.tflite_file import TFLiteGraph
 from hwnas.export.tflite_interface import network_alone
@@ -67,7 +67,7 @@ def tasks(heads: bytes, network: DetectionNetwork, config: PostProcessing) -> by
     tail.graph.scope = ""
     named_shapes = zip(TASK_OUTPUTS, shapes, strict=True)
     outputs = [tail.graph.tensor(name, shape) for name, shape in named_shapes]
-    tail.graph.custom(_CODE, inputs, outputs, task_options(config, network.arch.classes))
+    tail.graph.custom(_CODE, inputs, outputs, task_options(config, tail.detector))
     return tail.graph.pack(tail.entry, *outputs)
 
 
@@ -93,9 +93,9 @@ def _with_min_score(options: bytes, min_score: float) -> bytes:
     return bytes(flexbuffers.Dumps(values))
 
 
-def task_options(config: PostProcessing, classes: int) -> bytes:
+def task_options(config: PostProcessing, detector: Detector) -> bytes:
     """The operator's options as flexbuffers."""
-    x_scale, y_scale, w_scale, h_scale = CODE_SCALES
+    x_scale, y_scale, w_scale, h_scale = detector.code_scales
     options: bytes = flexbuffers.Dumps(
         {
             "max_detections": config.detections,
@@ -104,7 +104,7 @@ def task_options(config: PostProcessing, classes: int) -> bytes:
             "use_regular_nms": True,
             "nms_score_threshold": config.min_score,
             "nms_iou_threshold": config.nms_iou,
-            "num_classes": classes,
+            "num_classes": detector.classes,
             "y_scale": y_scale,
             "x_scale": x_scale,
             "h_scale": h_scale,
@@ -123,7 +123,7 @@ class _Tail:
         self.network = network
         self.detector = detector_of(network.arch)
         self.centres_A4: npt.NDArray[np.float64] = centres(network).double().numpy()
-        self.logits = self._rows("logits", exits[0::2], self.detector.classes + 1)
+        self.logits = self._rows("logits", exits[0::2], self.detector.logits)
         self.codes = self._rows("codes", exits[1::2], CODE_SIZE)
 
     def _rows(self, name: str, maps: list[int], width: int) -> int:
@@ -153,7 +153,9 @@ class _Tail:
         """Scores [1, anchors, classes], without the background."""
         classes = self.detector.classes
         if self.detector.scores == "sigmoid":
-            logits = self._sliced("classes", self.logits, 1, classes)
+            logits = self.logits
+            if self.detector.background:
+                logits = self._sliced("classes", logits, self.detector.background, classes)
             return self.graph.operator("LOGISTIC", "scores", [logits], self.graph.shape(logits))
         # The softmax of two values is a logistic function, which takes a sixth of the time.
         if classes == 1:
@@ -174,14 +176,15 @@ class _Tail:
     def boxes(self) -> int:
         """Boxes [1, anchors, 4]: x1, y1, x2, y2 in pixels, clipped to the image."""
         graph = self.graph
+        scales = self.detector.code_scales
         anchors = self.centres_A4[:, :2]
         sides = self.centres_A4[:, 2:]
         centre_codes = self._sliced("centre.codes", self.codes, 0, 2)
-        centre = self._with("MUL", "shift", centre_codes, sides[None] / CODE_SCALES[:2])
+        centre = self._with("MUL", "shift", centre_codes, sides[None] / scales[:2])
         centre = self._with("ADD", "centre", centre, anchors[None])
 
         size_codes = self._sliced("size.codes", self.codes, 2, 2)
-        growth = self._with("MUL", "growth", size_codes, 1 / np.array(CODE_SCALES[2:]))
+        growth = self._with("MUL", "growth", size_codes, 1 / np.array(scales[2:]))
         growth = self._with("MINIMUM", "growth.limited", growth, np.array(LARGEST_GROWTH))
         half = graph.operator(
             "EXP", "growth.factor", [growth], graph.shape(growth), schema.ExpOptionsT()

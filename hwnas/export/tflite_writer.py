@@ -23,7 +23,7 @@ latency table must contain what an op costs inside a network.
 
 Schema: tensorflow/lite/schema/schema.fbs, version 3. Every operator code has the lowest
 version that allows its use in the file. That is 1, except 2 for DEPTHWISE_CONV_2D with
-dilation, 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept dimensions
+dilation, 3 for RESIZE_BILINEAR with half-pixel centres, 4 for TRANSPOSE in five dimensions, 5 for FULLY_CONNECTED with kept dimensions
 and 6 for grouped CONV_2D.
 """
 
@@ -57,8 +57,8 @@ def write_tflite(network: Network) -> bytes:
     """Write a network as a float32 TFLite file with the input ``image`` [1, size, size,
     channels] and the output ``logits`` [1, classes].
 
-    A detector has two outputs: ``logits`` [1, anchors, classes + 1], with the
-    background first, and ``codes`` [1, anchors, 4].
+    A detector has two outputs: ``logits`` [1, anchors, classes], with SSDLite [1,
+    anchors, classes + 1] with the background first, and ``codes`` [1, anchors, 4].
 
     The file computes what the network computes in eval mode; the network itself stays
     unchanged. The same weights give the same bytes. Takes about 40 ms for MobileNetV2.
@@ -105,9 +105,9 @@ def write_heads(network: DetectionNetwork) -> bytes:
     ``image`` [1, size, size, channels]. Its outputs are the class logits and the box
     codes of each map, alternating.
 
-    They are [1, size, size, anchors * (classes + 1)] and [1, size, size, anchors * 4],
-    in the order of the rows of ``DetectionNetwork``. Each is a separate tensor, so that
-    a quantizer can choose a scale for each map.
+    They are [1, size, size, anchors * logits] and [1, size, size, anchors * 4], in the
+    order of the rows of ``DetectionNetwork``. Each is a separate tensor, so that a
+    quantizer can choose a scale for each map.
     """
     graph = _Writer()
     size = network.arch.resolution
@@ -320,6 +320,15 @@ class _Writer(TFLiteGraph, BlockWriter[int]):
         """SLICE without the first row and the first column."""
         batch, height, width, channels = self.shape(x)
         return self._slice(x, name, [0, 1, 1, 0], [batch, height - 1, width - 1, channels])
+
+    def upsample(self, x: int, name: str) -> int:
+        """RESIZE_BILINEAR with half-pixel centres."""
+        batch, height, width, channels = self.shape(x)
+        shape = (batch, 2 * height, 2 * width, channels)
+        options = schema.ResizeBilinearOptionsT()
+        options.halfPixelCenters = True
+        size = self.constant(f"{name}.size", np.array(shape[1:3], np.int32))
+        return self.operator("RESIZE_BILINEAR", name, [x, size], shape, options, version=3)
 
     def channels_joined(self, parts: Sequence[int], name: str) -> int:
         """CONCATENATION along the channels."""

@@ -25,11 +25,14 @@ from hwnas.lazy import LazyModule, torch
 from hwnas.progress import Progress
 
 if TYPE_CHECKING:
-    from hwnas.nn import blocks, detector, network
+    from hwnas.nn import anchors, blocks, detector, network
+    from hwnas.nn import graph as nn_graph
 else:  # see hwnas/lazy.py
+    anchors = LazyModule("hwnas.nn.anchors")
     blocks = LazyModule("hwnas.nn.blocks")
     detector = LazyModule("hwnas.nn.detector")
     network = LazyModule("hwnas.nn.network")
+    nn_graph = LazyModule("hwnas.nn.graph")
 
 
 def timing_file(
@@ -91,7 +94,7 @@ def _content_key(made: type[Target]) -> str:
     """A hash of everything besides its ops that affects a timing file: source files, and
     the packages that write it.
     """
-    modules = (arch, graph, ir, blocks, detector, network, *made.modules)
+    modules = (arch, graph, ir, anchors, blocks, detector, network, nn_graph, *made.modules)
     paths = (*source_files(), *(Path(str(module.__file__)) for module in modules))
     sources = [file_sha256(path) for path in paths]
     return content_sha256([__version__, *sources, *map(version, made.packages)])[:16]

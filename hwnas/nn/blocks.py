@@ -154,6 +154,9 @@ PLAIN: Mapping[str, Callable[[Node, list[Tensor]], Tensor]] = {
     "concat": lambda node, inputs: torch.cat(inputs, dim=1),
     "shuffle": lambda node, inputs: shuffle_channels(inputs[0], node.groups),
     "crop": lambda node, inputs: inputs[0][:, :, 1:, 1:],
+    "upsample": lambda node, inputs: F.interpolate(
+        inputs[0], scale_factor=2.0, mode="bilinear", align_corners=False
+    ),
 }
 """Kind of a node without weights -> what it computes from its inputs."""
 

@@ -4,15 +4,13 @@ graph says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-
 import torch
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
-from hwnas.core.graph import Step
 from hwnas.nn.blocks import build, initialise
 from hwnas.nn.freezing import Freezable
+from hwnas.nn.graph import run_graph
 
 
 class ClassificationNetwork(Freezable):
@@ -51,47 +49,8 @@ class ClassificationNetwork(Freezable):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> logits [N, classes]."""
         if self.arch.graph:
-            return run_graph(self.arch.graph, self.blocks, x_NCHW)
+            last = len(self.arch.graph)
+            [logits_NK] = run_graph(self.arch.graph, self.blocks, [x_NCHW], [last])
+            return logits_NK
         logits: Tensor = self.blocks(x_NCHW)
         return logits
-
-
-def run_graph(graph: Sequence[Step], blocks: Iterable[nn.Module], x_NCHW: Tensor) -> Tensor:
-    """The last point of a graph (``hwnas.core.graph``) for the images ``x_NCHW``. Each
-    point is freed after its last use.
-    """
-    last_use: dict[int, int] = {}
-    for position, step in enumerate(graph):
-        for point in step.of:
-            last_use[point] = position
-
-    points: dict[int, Tensor] = {0: x_NCHW}
-    remaining_blocks = iter(blocks)
-    for position, step in enumerate(graph):
-        inputs = [points[point] for point in step.of]
-        points[position + 1] = _run_step(step, inputs, remaining_blocks, x_NCHW)
-        for point in set(step.of):
-            if last_use[point] == position:
-                del points[point]
-    return points[len(graph)]
-
-
-def _run_step(
-    step: Step, inputs: list[Tensor], blocks: Iterator[nn.Module], x_NCHW: Tensor
-) -> Tensor:
-    """The output of one step. An ``op`` step takes the next one of ``blocks``."""
-    if step.kind == "op":
-        y_NCHW: Tensor = next(blocks)(inputs[0])
-        return y_NCHW
-    if step.kind == "concat":
-        return torch.cat(inputs, dim=1)
-    if step.kind == "cut":
-        return inputs[0][:, : step.channels]
-    if step.kind == "zero":
-        zeros = x_NCHW.new_zeros(x_NCHW.shape[0], step.channels, step.size, step.size)
-        return zeros.contiguous(memory_format=torch.channels_last)
-
-    total = inputs[0]
-    for term in inputs[1:]:
-        total = total + term
-    return total

@@ -1,4 +1,4 @@
-"""Detection networks in torch: backbone, extras and heads of an architecture with a
+"""Detection networks in torch: backbone, neck and heads of an architecture with a
 detector.
 """
 
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import detector_of
 from hwnas.core.detector import CODE_SIZE, JOINED, Scores
-from hwnas.core.ssdlite import detector_of
 from hwnas.nn.blocks import build, initialise
 from hwnas.nn.freezing import Freezable
+from hwnas.nn.graph import run_graph
 
 Outputs = tuple[Tensor, Tensor]
-"""Class logits [N, anchors, classes + 1], background first, and box codes [N, anchors,
-4]. Anchors are ordered by feature map, then by row, then by cell.
+"""Class logits [N, anchors, classes], with SSDLite [N, anchors, classes + 1] with the
+background first, and box codes [N, anchors, 4]. Anchors are ordered by feature map, then
+by row, then by cell.
 """
 
 PREDICTOR_STD = 0.03
-"""Standard deviation of the initial weights of extras and predictors."""
+"""Standard deviation of the initial weights of necks and predictors."""
 RARE_CLASS_BIAS = -4.6
 """Initial bias of the class predictors of a focal loss: the logit of a score of 1 %."""
 
@@ -44,11 +46,20 @@ class DetectionNetwork(Freezable):
         self.arch = arch
         self.taps = frozenset(detector.taps)
         self.blocks = nn.Sequential(*(build(op, bn_eps=arch.bn_eps) for op in arch.blocks))
-        self.extras = nn.Sequential(*(build(op, bn_eps=arch.bn_eps) for op in detector.extras))
+        self.add_module(
+            detector.NECK, nn.Sequential(*(build(op, bn_eps=arch.bn_eps) for op in detector.neck))
+        )
         self.heads = nn.ModuleList(build(op, bn_eps=arch.bn_eps) for op in detector.heads)
         if generator is not None:
             initialise(self.blocks, generator)
-            initialise_detector(self.extras, self.heads, detector.scores, generator)
+            initialise_detector(self.neck, self.heads, detector.scores, generator)
+
+    @property
+    def neck(self) -> nn.Module:
+        """The modules of the neck's ops; their name in checkpoints is the detector's
+        ``NECK``.
+        """
+        return self.get_submodule(detector_of(self.arch).NECK)
 
     def no_weight_decay(self) -> set[str]:
         """Names of weights without weight decay (timm's convention): none, because a
@@ -57,36 +68,33 @@ class DetectionNetwork(Freezable):
         return set()
 
     def forward(self, x_NCHW: Tensor) -> Outputs:
-        """Images [N, channels, size, size] -> class logits [N, anchors, classes + 1]
-        and box codes [N, anchors, 4].
-        """
+        """Images [N, channels, size, size] -> the ``Outputs``."""
         maps = []
         for position, block in enumerate(self.blocks):
             x_NCHW = block(x_NCHW)
             if position in self.taps:
                 maps.append(x_NCHW)
-        for extra in self.extras:
-            x_NCHW = extra(x_NCHW)
-            maps.append(x_NCHW)
-        return predictions(self.heads, maps, detector_of(self.arch).classes)
+        detector = detector_of(self.arch)
+        maps = run_graph(detector.steps, self.neck.children(), maps, detector.sources)
+        return predictions(self.heads, maps, detector.logits)
 
 
-def predictions(heads: nn.ModuleList, maps: list[Tensor], classes: int) -> Outputs:
+def predictions(heads: nn.ModuleList, maps: Sequence[Tensor], logits: int) -> Outputs:
     """What ``heads`` predict from feature maps [N, C, size, size]: one row per anchor,
-    in torchvision's order.
+    in torchvision's order. Each anchor has that many ``logits``.
     """
     outputs = [head(x_NCHW) for head, x_NCHW in zip(heads, maps, strict=True)]
-    return predictions_of(outputs, classes)
+    return predictions_of(outputs, logits)
 
 
-def predictions_of(outputs: Sequence[tuple[Tensor, ...]], classes: int) -> Outputs:
+def predictions_of(outputs: Sequence[tuple[Tensor, ...]], columns: int) -> Outputs:
     """The heads' outputs (class logits and box codes of each map) with one row per
-    anchor.
+    anchor, whose logits have ``columns``.
     """
     logits_rows = []
     codes_rows = []
     for logits, codes in outputs:
-        logits_rows.append(_rows(logits, classes + 1))
+        logits_rows.append(_rows(logits, columns))
         codes_rows.append(_rows(codes, CODE_SIZE))
     return _joined(logits_rows), _joined(codes_rows)
 
@@ -106,12 +114,12 @@ def _rows(x_NCHW: Tensor, columns: int) -> Tensor:
 
 @torch.no_grad()
 def initialise_detector(
-    extras: nn.Module, heads: nn.ModuleList, scores: Scores, generator: torch.Generator
+    neck: nn.Module, heads: nn.ModuleList, scores: Scores, generator: torch.Generator
 ) -> None:
-    """Initialise extras and heads as torchvision and MobileDet do: weights from
+    """Initialise neck and heads as torchvision and MobileDet do: weights from
     N(0, 0.03), zero biases, except -4.6 for class predictors with sigmoid scores.
     """
-    for part in (*extras.modules(), *heads.modules()):
+    for part in (*neck.modules(), *heads.modules()):
         if isinstance(part, nn.Conv2d):
             part.weight.normal_(0.0, PREDICTOR_STD, generator=generator)
             if part.bias is not None:

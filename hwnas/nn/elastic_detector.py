@@ -1,4 +1,4 @@
-"""The detector of a super-net: extras and predictors shared by all architectures of a
+"""The detector of a super-net: neck and predictors shared by all architectures of a
 space.
 
 They differ between architectures only in their input channels: a layer that reads a
@@ -10,21 +10,24 @@ not see widths that are only probed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hwnas.config import SupernetConfig
+from hwnas.core.detection import detector_of
 from hwnas.core.ir import INPUT, Node
-from hwnas.core.ops import ExtraLayer, Op, SSDPredictor
+from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace
-from hwnas.core.ssdlite import detector_of
-from hwnas.nn.blocks import place
+from hwnas.nn.blocks import PLAIN, place
 from hwnas.nn.detector import DetectionNetwork, Outputs, initialise_detector, predictions_of
 from hwnas.nn.elastic import ElasticConv, Sharing
 from hwnas.nn.elastic_head import ElasticHead, Maps
+from hwnas.nn.graph import run_graph
 from hwnas.nn.slot import fitted
 
 
@@ -41,6 +44,8 @@ class ElasticOp(nn.Module):
 
     def narrowed(self, in_ch: int) -> Op:
         """The op with ``in_ch`` input channels."""
+        if in_ch == self.op.in_ch:
+            return self.op
         return replace(self.op, in_ch=in_ch)
 
     def forward(self, x_NCHW: Tensor, op: Op, tracks: bool = True) -> tuple[Tensor, ...]:
@@ -49,9 +54,17 @@ class ElasticOp(nn.Module):
         """
         values = {INPUT: x_NCHW}
         for number, node in enumerate(op.program.nodes, start=1):
-            assert node.kind == "conv", f"{node.kind} in {op.key}"
-            values[number] = self._conv(node)(values[node.inputs[0]], node, tracks=tracks)
+            if node.kind == "conv":
+                values[number] = self._conv(node)(values[node.inputs[0]], node, tracks=tracks)
+            else:
+                values[number] = PLAIN[node.kind](node, [values[i] for i in node.inputs])
         return tuple(values[i] for i in op.program.outputs)
+
+    def only(self, x_NCHW: Tensor, op: Op, tracks: bool) -> Tensor:
+        """``forward`` of an op with a single output."""
+        (y_NCHW,) = self(x_NCHW, op, tracks)
+        output: Tensor = y_NCHW
+        return output
 
     def _conv(self, node: Node) -> ElasticConv:
         conv = self.get_submodule(node.name)
@@ -70,7 +83,7 @@ class ElasticOp(nn.Module):
 
 
 class ElasticDetector(ElasticHead):
-    """The extras and heads of a space of detectors."""
+    """The neck and the heads of a space of detectors."""
 
     NAME = "detector"
     ONE_SIZE = "a detector's anchors are"
@@ -79,44 +92,52 @@ class ElasticDetector(ElasticHead):
         del config
         super().__init__()
         assert space.detector is not None, f"{space.name} has no detector"
-        self.classes = space.classes
-        self.scores = space.detector.scores
         # later slots of a stage overwrite earlier ones: detectors tap a stage's last slot
-        last_slot = {slot.stage: position for position, slot in enumerate(space.slots)}
-        self.tapped = frozenset(last_slot[tap] for tap in space.detector.taps)
+        last_slot = {slot.stage: slot for slot in space.slots}
+        tapped = [last_slot[tap] for tap in space.detector.taps]
+        self.tapped = frozenset(space.slots.index(slot) for slot in tapped)
 
-        widest: dict[str, Op] = {}
-        for term in space.terms():
-            for op in term.ops:
-                if (
-                    isinstance(op, ExtraLayer | SSDPredictor)
-                    and op.in_ch >= widest.get(term.slot, op).in_ch
-                ):
-                    widest[term.slot] = op
+        widest = [(max(slot.out_widths), slot.out_sizes[0]) for slot in tapped]
+        # the positions of the taps' blocks differ between architectures and do not matter
+        positions = tuple(range(len(tapped)))
+        self.detector = space.detector.detector(positions, widest, space.classes)
+        neck = [ElasticOp(op, space.bn_eps, sharing) for op in self.detector.neck]
+        self.add_module(self.detector.NECK, nn.ModuleList(neck))
+        heads = [ElasticOp(op, space.bn_eps, sharing) for op in self.detector.heads]
+        self.heads = nn.ModuleList(heads)
 
-        self.extras = nn.ModuleList()
-        self.heads = nn.ModuleList()
-        for op in widest.values():
-            modules = self.extras if isinstance(op, ExtraLayer) else self.heads
-            modules.append(ElasticOp(op, space.bn_eps, sharing))
+    @property
+    def neck(self) -> nn.ModuleList:
+        """The layers of the neck, under the name that they have in standalone
+        detectors.
+        """
+        neck = self.get_submodule(self.detector.NECK)
+        assert isinstance(neck, nn.ModuleList)
+        return neck
 
     def outputs(self, maps: Maps, tracks: bool = True) -> Outputs:
-        """The tapped feature maps with their widths -> class logits [N, anchors,
-        classes + 1] and box codes [N, anchors, 4].
-        """
-        x_NCHW, last_width = maps[-1]
-        # predictors do not see probed channels: their BNs would turn zeros into something
-        sources = [(fitted(map_NCHW, width.active), width.active) for map_NCHW, width in maps]
-        channels = last_width.computed
-        for extra in self._ops(self.extras):
-            (x_NCHW,) = extra(x_NCHW, extra.narrowed(channels), tracks)
-            channels = extra.op.out_ch
-            sources.append((x_NCHW, channels))
+        """The tapped feature maps with their widths -> the ``Outputs``."""
+        readers = self.detector.readers
+        neck: list[Callable[[Tensor], Tensor]] = []
+        for name, op in zip(self.detector.neck_names, self._ops(self.neck), strict=True):
+            in_ch = op.op.in_ch
+            if name in readers:
+                in_ch = maps[readers[name]][1].computed
+            neck.append(partial(op.only, op=op.narrowed(in_ch), tracks=tracks))
+        taps = [map_NCHW for map_NCHW, _ in maps]
+        sources = run_graph(self.detector.steps, neck, taps, self.detector.sources)
 
         outputs = []
-        for head, (source_NCHW, in_ch) in zip(self._ops(self.heads), sources, strict=True):
+        for position, head in enumerate(self._ops(self.heads)):
+            source_NCHW = sources[position]
+            in_ch = head.op.in_ch
+            name = f"head {position}"
+            if name in readers:
+                # probed channels are left out: BN would turn their zeros into something
+                in_ch = maps[readers[name]][1].active
+                source_NCHW = fitted(source_NCHW, in_ch)
             outputs.append(head(source_NCHW, head.narrowed(in_ch), tracks))
-        return predictions_of(outputs, self.classes)
+        return predictions_of(outputs, self.detector.logits)
 
     def _ops(self, modules: nn.ModuleList) -> list[ElasticOp]:
         return [module for module in modules if isinstance(module, ElasticOp)]
@@ -127,7 +148,7 @@ class ElasticDetector(ElasticHead):
         """
         detector = detector_of(network.arch)
         pairs: list[tuple[Any, Any, Op]] = [
-            *zip(self.extras, network.extras, detector.extras, strict=True),
+            *zip(self.neck, network.neck.children(), detector.neck, strict=True),
             *zip(self.heads, network.heads, detector.heads, strict=True),
         ]
         for shared, block, op in pairs:
@@ -136,7 +157,7 @@ class ElasticDetector(ElasticHead):
     def initialise(self, generator: torch.Generator, how: str) -> None:
         """Initialise as torchvision does; ``how`` is for the backbone only."""
         del how
-        initialise_detector(self.extras, self.heads, self.scores, generator)
+        initialise_detector(self.neck, self.heads, self.detector.scores, generator)
 
     def no_weight_decay(self) -> set[str]:
         """No weights: a detector has no classifier."""

@@ -24,9 +24,10 @@ from hwnas.engine import Criterion
 from hwnas.errors import ConfigError
 from hwnas.export.detector import Decoded
 from hwnas.export.post_processing import READERS, DetectionArrays, iou
+from hwnas.nn.detection_loss import detection_loss
 from hwnas.nn.detector import DetectionNetwork, Outputs
 from hwnas.nn.network import Network
-from hwnas.nn.ssd import DetectionLoss, Detections, PostProcessor
+from hwnas.nn.post_processor import Detections, PostProcessor
 from hwnas.task import (
     Answers,
     EvaluationResult,
@@ -50,7 +51,7 @@ class DetectionCriterion(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.loss = DetectionLoss(arch)
+        self.loss = detection_loss(arch)
 
     def forward(self, outputs: Outputs, y_NM5: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Raw outputs and targets [N, M, 5] -> the sum of the parts, and the parts."""

@@ -17,10 +17,10 @@ import numpy as np
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.caution import Caution
+from hwnas.core.detection import detector_of, with_detector
 from hwnas.core.detector import CODE_SIZE
 from hwnas.core.metric import AP
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.ssdlite import detector_of, with_detector
 from hwnas.core.statistics import NO_AP
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.errors import ConfigError, SpaceError
@@ -88,32 +88,26 @@ class Detection(Task):
     decodes = True
 
     def space(self, space: SearchSpace, experiment: Experiment) -> SearchSpace:
-        """SSDLite on the networks of the space. If ``train.arch`` names an architecture,
-        nothing is searched, and a space that cannot carry a detector is returned as is.
+        """The detector on the networks of the space. If ``train.arch`` names an
+        architecture, nothing is searched, and a space that cannot carry a detector is
+        returned as is.
         """
         if space.task == self.network_kind:
             return space
-        detector = experiment.detector
         try:
-            return space.with_detector(extras=detector.extras, scores=detector.scores)
+            return space.with_detector(experiment.detector.spec)
         except SpaceError:
             if experiment.train.arch is None:
                 raise
             return space
 
     def architecture(self, arch: Architecture, experiment: Experiment) -> Architecture:
-        """SSDLite on the architecture, unless it already has a detector."""
+        """The detector on the architecture, unless it already has one."""
         if arch.task == self.network_kind:
             return arch
         data = experiment.data
-        detector = experiment.detector
-        return with_detector(
-            arch,
-            data.classes,
-            resolution=data.resolution,
-            extras=detector.extras,
-            scores=detector.scores,
-        )
+        spec = experiment.detector.spec
+        return with_detector(arch, data.classes, spec, resolution=data.resolution)
 
     def criterion(self, arch: Architecture, label_smoothing: float = 0.0) -> Criterion:
         """The detector's loss."""

@@ -17,7 +17,7 @@ from hwnas.document import Document
 
 if TYPE_CHECKING:  # see hwnas/lazy.py
     from hwnas.data.coco import CocoImages
-    from hwnas.nn.ssd import Detections
+    from hwnas.nn.post_processor import Detections
 
 COUNT = 8
 """Number of images."""

@@ -221,6 +221,17 @@ ARCH_HAS_DETECTOR = Case(
     by=("train.arch",),
     verbs=("run", "train", "export"),
 )
+NOT_SSDLITE = Case(
+    lambda situation: situation.experiment.detector.head != "ssdlite",
+    why="detector.head = {e.detector.head!r} has neither extra layers nor a choice of scores",
+    by=("detector.head",),
+)
+NOT_FCOS = Case(
+    lambda situation: situation.experiment.detector.head != "fcos",
+    why="detector.head = {e.detector.head!r} has no neck",
+    by=("detector.head",),
+    fix="remove it, or set detector.head = 'fcos'",
+)
 # --- optimisers
 
 NO_SEARCH_MOMENTUM = Case(
@@ -489,8 +500,10 @@ KEYS: dict[str, tuple[Case, ...]] = {
     # Without a finder, the random architectures of the report are scored on these images.
     "search.evaluation_images": (ARCH_GIVEN,),
     "search.random_samples": (ARCH_GIVEN, NO_SHARED_WEIGHTS, NOT_RANK, NOT_COMPARE, NOT_SHRINK),
-    "detector.extras": (CLASSIFIES, ARCH_HAS_DETECTOR),
-    "detector.scores": (CLASSIFIES, ARCH_HAS_DETECTOR),
+    "detector.head": (CLASSIFIES, ARCH_HAS_DETECTOR),
+    "detector.extras": (CLASSIFIES, ARCH_HAS_DETECTOR, NOT_SSDLITE),
+    "detector.scores": (CLASSIFIES, ARCH_HAS_DETECTOR, NOT_SSDLITE),
+    "detector.channels": (CLASSIFIES, ARCH_HAS_DETECTOR, NOT_FCOS),
     "detector.post_processing": (CLASSIFIES,),
     "recipe": ALWAYS_READ,
     **dict.fromkeys(

@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_images
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.ops import Op
-from hwnas.core.ssdlite import with_detector
 from hwnas.export.bundle import Bundle
 from hwnas.nn.checkpoint import save_network
 from hwnas.nn.network import network_of

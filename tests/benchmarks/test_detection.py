@@ -34,7 +34,7 @@ from hwnas.data.images import load_images
 from hwnas.experiments import experiment_space
 from hwnas.networks import architecture
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.ssd import Detections
+from hwnas.nn.post_processor import Detections
 from hwnas.tasks.boxes import average_precision, detect
 from hwnas.train.result import TrainResult
 

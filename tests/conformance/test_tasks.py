@@ -13,8 +13,9 @@ import torch
 from hwnas.config import DataConfig, load_experiment
 from hwnas.config.tasks import TASKS
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.ops import Op
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.data.images import Images, evaluation_batches, load_images
 from hwnas.nn.network import Network, network_of
 from hwnas.pipeline import Pipeline
@@ -67,7 +68,7 @@ class TestDetection(TaskConformance):
             "classifier-h6-i24-o10",
         )
         arch = Architecture(name="small", blocks=tuple(map(Op.parse, keys)))
-        detector = with_detector(arch, 2, resolution=48, extras=(16,))
+        detector = with_detector(arch, 2, SSDLiteSpec(extras=(16,)), resolution=48)
         return network_of(detector, generator=torch.Generator().manual_seed(0)).eval()
 
     def images(self) -> Images:

@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from hwnas.core.arch import Architecture
-from hwnas.core.detector import Detector, PostProcessing
+from hwnas.core.detector import PostProcessing
 from hwnas.core.ops import Op
 from hwnas.core.published import NETWORKS, published
+from hwnas.core.ssdlite import SSDLite
 from hwnas.errors import DocumentError
 
 BLOCKS = (
@@ -56,7 +57,7 @@ def test_ops_counts_and_classes_are_those_of_backbone_extras_and_heads() -> None
     assert arch.detector is not None
     assert (arch.classes, arch.detector.classes, arch.resolution) == (5, 5, 32)
     assert arch.detector.anchors == 4 * 16**2 + 4 * 8**2 + 6 * 4**2
-    assert [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)] == [
+    assert [(head.in_ch, head.size) for head in arch.detector.heads] == [
         (8, 16),
         (16, 8),
         (32, 4),
@@ -141,7 +142,7 @@ def test_predictors_must_end_a_chain() -> None:
 
 def test_a_detector_without_heads_is_refused() -> None:
     with pytest.raises(ValidationError, match="heads"):
-        Detector(taps=(0,), heads=(), aspect_ratios=())
+        SSDLite(taps=(0,), heads=(), aspect_ratios=())
 
 
 @pytest.mark.parametrize(

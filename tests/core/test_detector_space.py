@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from hwnas.core.additive_cost import AdditiveCost
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import CostModel
+from hwnas.core.detection import with_detector
 from hwnas.core.limits import activation_bytes
 from hwnas.core.ops import Op
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import MACRO_SPACES, mobile32, ofa_mobilenet_v3
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.errors import DocumentError, SpaceError
 from hwnas.testing import synthetic_table
 
@@ -39,7 +40,7 @@ def classifiers() -> MacroSpace:
 
 
 def detectors() -> MacroSpace:
-    return classifiers().with_detector(extras=(48, 32), scores="sigmoid")
+    return classifiers().with_detector(SSDLiteSpec(extras=(48, 32), scores="sigmoid"))
 
 
 def indices(space: MacroSpace) -> st.SearchStrategy[tuple[int, ...]]:
@@ -56,7 +57,7 @@ def test_the_classifier_is_left_out_and_the_document_reads_back() -> None:
         "scores": "sigmoid",
     }
     assert MacroSpace.parse(space.to_json()) == space
-    again = space.with_detector(extras=(16,))
+    again = space.with_detector(SSDLiteSpec(extras=(16,)))
     assert (
         again.stages == space.stages
         and again.detector is not None
@@ -73,7 +74,9 @@ def test_decode_attaches_the_detector_and_encode_finds_the_picks(index: tuple[in
     bare = Architecture(name="bare", blocks=arch.blocks)
     assert (
         arch.detector
-        == with_detector(bare, 3, resolution=64, extras=(48, 32), scores="sigmoid").detector
+        == with_detector(
+            bare, 3, SSDLiteSpec(extras=(48, 32), scores="sigmoid"), resolution=64
+        ).detector
     )
     assert space.encode(arch) == picks
     encoded = space.encode(arch.model_copy(update={"origin": None}))
@@ -165,9 +168,8 @@ def test_another_detector_on_the_same_blocks_is_not_in_the_space() -> None:
     other = with_detector(
         Architecture(name="bare", blocks=arch.blocks),
         3,
+        SSDLiteSpec(extras=(48,), scores="sigmoid"),
         resolution=64,
-        extras=(48,),
-        scores="sigmoid",
     )
     with pytest.raises(SpaceError, match="its blocks match, but its detector differs"):
         space.encode(other)

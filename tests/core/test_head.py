@@ -7,13 +7,14 @@ import pytest
 
 from hwnas.core.arch import Architecture
 from hwnas.core.cell_families import nasbench201
+from hwnas.core.detection import with_detector
 from hwnas.core.families import proxylessnas
 from hwnas.core.graph import Step
 from hwnas.core.head import ClassifierHead, DetectorHead
 from hwnas.core.ops import Op
 from hwnas.core.published import published
 from hwnas.core.space_head import Classifiers, Detectors
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.errors import ConfigError
 
 
@@ -24,7 +25,7 @@ def chain() -> Architecture:
 
 @pytest.fixture(scope="module")
 def detector(chain: Architecture) -> Architecture:
-    return with_detector(chain, 3, resolution=64, extras=(16,))
+    return with_detector(chain, 3, SSDLiteSpec(extras=(16,)), resolution=64)
 
 
 def test_a_classifier_ends_with_its_last_block(chain: Architecture) -> None:
@@ -81,7 +82,7 @@ def test_a_copy_does_not_keep_the_head_of_the_original(detector: Architecture) -
 
 def test_spaces_have_the_heads_of_their_networks() -> None:
     space = proxylessnas(resolution=64, classes=3)
-    boxes = space.with_detector(extras=(16,))
+    boxes = space.with_detector(SSDLiteSpec(extras=(16,)))
     assert space.head == Classifiers(3) and space.task == "classify"
     assert (
         boxes.detector is not None
@@ -100,7 +101,7 @@ def test_spaces_have_the_heads_of_their_networks() -> None:
 
 def test_places_of_an_architecture_have_the_names_of_its_space() -> None:
     classifiers = proxylessnas(resolution=64, classes=3)
-    boxes = classifiers.with_detector(extras=(16,))
+    boxes = classifiers.with_detector(SSDLiteSpec(extras=(16,)))
     for space, ends in (
         (classifiers, ["classifier"]),
         (boxes, ["extra 0", "head 0", "head 1", "head 2"]),

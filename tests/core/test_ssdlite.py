@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.ops import Classifier, Conv, Op
 from hwnas.core.published import published
 from hwnas.core.spaces import mobile32, proxylessnas
-from hwnas.core.ssdlite import split_expansion, with_detector
+from hwnas.core.ssdlite import SSDLiteSpec, split_expansion
 from hwnas.errors import SpaceError
 
 
@@ -29,7 +30,7 @@ from hwnas.errors import SpaceError
 def test_taps_are_the_last_blocks_of_strides_16_and_32(name: str, fine: int, coarse: int) -> None:
     arch = with_detector(published(name), 20)
     assert arch.detector is not None
-    shapes = [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)]
+    shapes = [(head.in_ch, head.size) for head in arch.detector.heads]
     assert shapes == [(fine, 20), (coarse, 10), (512, 5), (256, 3), (256, 2), (128, 1)]
     assert (arch.resolution, arch.classes, arch.name, arch.origin) == (
         320,
@@ -57,7 +58,7 @@ def test_a_backbone_keeps_a_1x1_convolution_that_belongs_to_no_classifier() -> N
 
 def test_a_detector_replaces_a_detector() -> None:
     once = with_detector(published("mobilenet_v2"), 3)
-    twice = with_detector(once, 7, scores="sigmoid")
+    twice = with_detector(once, 7, SSDLiteSpec(scores="sigmoid"))
     assert (twice.blocks, twice.classes) == (once.blocks, 7)
     assert twice.detector is not None
     assert twice.detector.scores == "sigmoid"
@@ -66,10 +67,13 @@ def test_a_detector_replaces_a_detector() -> None:
 def test_samples_of_a_space_for_small_images_are_tapped_at_their_own_strides() -> None:
     space = mobile32()
     arch = with_detector(
-        space.decode(space.sample(np.random.default_rng(1))), 1, resolution=96, extras=(64, 32)
+        space.decode(space.sample(np.random.default_rng(1))),
+        1,
+        SSDLiteSpec(extras=(64, 32)),
+        resolution=96,
     )
     assert arch.detector is not None
-    assert [(op.out_ch, op.out_size) for op in arch.detector.maps(arch.blocks)] == [
+    assert [(head.in_ch, head.size) for head in arch.detector.heads] == [
         (64, 24),
         (160, 12),
         (64, 6),

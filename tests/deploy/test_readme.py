@@ -27,8 +27,8 @@ from torchvision import tv_tensors
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.ops import Classifier, Conv, MBConv, Op
-from hwnas.core.ssdlite import with_detector
 from hwnas.data.geometry import Geometry
 from hwnas.data.images import evaluation_order, load_images
 from hwnas.devices.device import HOST

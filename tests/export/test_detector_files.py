@@ -14,8 +14,8 @@ import torch
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
+from hwnas.core.detection import with_detector
 from hwnas.core.detector import PostProcessing, Scores
-from hwnas.core.ssdlite import with_detector
 from hwnas.devices.device import HOST
 from hwnas.devices.host import Host
 from hwnas.export.convert import onnx_file
@@ -27,7 +27,7 @@ from hwnas.export.tflite_detector import add_decoding, tasks, without_decoding
 from hwnas.export.tflite_file import TFLiteGraph, graph_ops
 from hwnas.export.tflite_writer import write_heads
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.ssd import PostProcessor
+from hwnas.nn.post_processor import PostProcessor
 from tests.export.detectors import CLASSES, images, lively_network, run_onnx, run_tflite
 from tests.export.test_post_processing import assert_same
 from tests.nn.detectors import small_arch

@@ -14,8 +14,9 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 from torch import Tensor, nn
 
+from hwnas.core.detection import with_detector
 from hwnas.core.ops import Op
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.export import onnx_writer, tflite_writer
 from hwnas.export.timing import timing_file
 from hwnas.nn.blocks import build
@@ -45,8 +46,8 @@ def six_maps() -> DetectionNetwork:
     arch = with_detector(
         small_arch().model_copy(update={"detector": None}),
         3,
+        SSDLiteSpec(extras=(32, 16, 16, 16)),
         resolution=64,
-        extras=(32, 16, 16, 16),
     )
     return loud(DetectionNetwork(arch, generator=torch.Generator().manual_seed(0)))  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ from hwnas.export.post_processing import (
     read_nms,
     read_tasks,
 )
-from hwnas.nn.ssd import Detections, PostProcessor
+from hwnas.nn.post_processor import Detections, PostProcessor
 from tests.export.detectors import images, lively_network
 
 torch.set_num_threads(1)

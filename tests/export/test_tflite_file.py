@@ -14,9 +14,9 @@ from ai_edge_litert import schema_py_generated as schema
 from torch import nn
 
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.detector import PostProcessing
 from hwnas.core.ops import Op
-from hwnas.core.ssdlite import with_detector
 from hwnas.errors import ExportError
 from hwnas.export import quantization, tflite_file
 from hwnas.export.convert import to_tflite

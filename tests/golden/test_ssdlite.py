@@ -11,12 +11,15 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.ssd import SSD
 
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.ops import Conv, DSConv, MBConv, Op
 from hwnas.core.option import scale_width
 from hwnas.core.published import published
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import SSDLiteSpec
+from hwnas.nn.anchors import anchors_of
+from hwnas.nn.detection_loss import detection_loss
 from hwnas.nn.detector import DetectionNetwork
-from hwnas.nn.ssd import DetectionLoss, PostProcessor, default_boxes
+from hwnas.nn.post_processor import PostProcessor
 from tests.nn.test_against_timm import randomise, weighted
 
 torch.set_num_threads(1)
@@ -92,7 +95,7 @@ def test_losses_are_torchvisions(theirs: SSD) -> None:
         {"boxes": y[y[:, 4] >= 0, :4], "labels": y[y[:, 4] >= 0, 4].long() + 1} for y in y_NM5
     ]
     expected = theirs.train()(list(x_NCHW), targets)
-    parts = DetectionLoss(ARCH).parts(ours(2 * x_NCHW - 1), y_NM5)
+    parts = detection_loss(ARCH).parts(ours(2 * x_NCHW - 1), y_NM5)
     assert parts.keys() == expected.keys()
     for name, value in expected.items():
         assert value > 0.1
@@ -103,7 +106,7 @@ def test_anchors_are_torchvisions(theirs: SSD) -> None:
     x_NCHW = images(1)
     maps = list(theirs.backbone(x_NCHW).values())
     assert torch.equal(
-        default_boxes(ARCH), theirs.anchor_generator(theirs.transform(list(x_NCHW))[0], maps)[0]
+        anchors_of(ARCH), theirs.anchor_generator(theirs.transform(list(x_NCHW))[0], maps)[0]
     )
 
 
@@ -167,10 +170,12 @@ def test_a_mobiledet_has_the_counts_that_its_authors_report() -> None:
     have 4.205 M.
     """
     arch = with_detector(
-        Architecture(name="mobiledet_cpu", blocks=tuple(mobiledet_cpu())), 90, scores="sigmoid"
+        Architecture(name="mobiledet_cpu", blocks=tuple(mobiledet_cpu())),
+        90,
+        SSDLiteSpec(scores="sigmoid"),
     )
     assert arch.detector is not None
-    assert [op.out_ch for op in arch.detector.maps(arch.blocks)] == [72, 144, 512, 256, 256, 128]
+    assert [head.in_ch for head in arch.detector.heads] == [72, 144, 512, 256, 256, 128]
     assert arch.macs == pytest.approx(0.45e9, rel=0.01)
     assert arch.params == pytest.approx(4.21e6, rel=0.01)
     fewer = 3 * 72 * (91 + 4) + 3 * (91 + 4)

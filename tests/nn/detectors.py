@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.detector import Scores
 from hwnas.core.ops import Op
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.nn.detector import DetectionNetwork
 
 BLOCKS = tuple(
@@ -28,9 +29,8 @@ def small_arch(classes: int = 3, scores: Scores = "softmax") -> Architecture:
     return with_detector(
         Architecture(name="small", blocks=BLOCKS),
         classes,
+        SSDLiteSpec(extras=(32, 16), scores=scores),
         resolution=64,
-        extras=(32, 16),
-        scores=scores,
     )
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import detector_of, with_detector
 from hwnas.core.ops import Classifier, Conv
 from hwnas.core.published import NETWORKS, published
-from hwnas.core.ssdlite import detector_of, with_detector
 from hwnas.errors import CheckpointError
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.checkpoint import load_network, save_network
@@ -41,7 +41,7 @@ def test_rows_are_anchors_cell_by_cell_and_map_by_map() -> None:
     maps = [
         torch.randn(2, head.in_ch, head.size, head.size) for head in detector_of(network.arch).heads
     ]
-    logits, codes = predictions(network.heads, maps, 3)
+    logits, codes = predictions(network.heads, maps, 4)
     finest = 6 * 16**2  # the first map's anchors come first
     for row, column, anchor in ((0, 0, 0), (2, 5, 4), (7, 1, 5)):
         index, at = finest + (row * 8 + column) * 6 + anchor, (1, slice(None), row, column)

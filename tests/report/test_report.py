@@ -22,11 +22,12 @@ from hwnas.core.arch import Architecture, Position
 from hwnas.core.calibration import held_out_errors
 from hwnas.core.caution import Caution
 from hwnas.core.cost import CostModel
+from hwnas.core.detection import with_detector
 from hwnas.core.detector import PostProcessing
 from hwnas.core.objective import AbsoluteObjective
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import mobile32, published
-from hwnas.core.ssdlite import with_detector
+from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.core.table import Calibration, Entry, LatencyTable, TableHeader
 from hwnas.data.coco_eval import NUMBERS, CocoMetrics
 from hwnas.errors import DocumentError
@@ -579,7 +580,7 @@ def fill_detection(root: Path) -> StageContext:
         data={"name": "coco", "path": "data", "resolution": 64, "classes": 2, "augment": "none"},
         train={"arch": "mobilenet_v2"},
     )
-    arch = with_detector(published("mobilenet_v2"), 2, resolution=64, extras=(64, 32))
+    arch = with_detector(published("mobilenet_v2"), 2, SSDLiteSpec(extras=(64, 32)), resolution=64)
     arch.save(root / "train" / "arch.json")
     numbers = {name: 0.05 * number + 0.2 for number, name in enumerate(NUMBERS)} | {
         "APs": None,

@@ -15,6 +15,7 @@ from hwnas.config import Experiment, load_experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms
 from hwnas.core.space import MacroSpace, SpaceStage
+from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.core.table import LatencyTable
 from hwnas.data.coco import CocoImages
 from hwnas.data.images import load_images
@@ -364,7 +365,7 @@ def test_contradictory_settings_are_refused(
 
 def test_a_space_with_its_own_detector_keeps_it(tmp_path: Path) -> None:
     config = experiment(tmp_path)
-    space().with_detector(extras=(24,)).save(tmp_path / "own.json")
+    space().with_detector(SSDLiteSpec(extras=(24,))).save(tmp_path / "own.json")
     own = experiment_space(changed(config, "space", name=str(tmp_path / "own.json")))
     assert own.detector is not None and own.detector.extras == (24,)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hwnas.nn.ssd import Detections
+from hwnas.nn.post_processor import Detections
 from hwnas.tasks.pictures import Pictures, pictures_of
 from tests.data.scenes import coco_config, load, scene, write_coco, write_scenes
 

@@ -15,7 +15,14 @@ from hwnas.core.ops.cells import (
     ResidualReduce,
     SepConv,
 )
-from hwnas.core.ops.detector import ExtraLayer, SSDPredictor
+from hwnas.core.ops.detector import (
+    ExtraLayer,
+    FCOSPredictor,
+    Predictor,
+    SeparableLayer,
+    SSDPredictor,
+    Upsample,
+)
 from hwnas.core.ops.fused import Fused
 from hwnas.core.ops.uib import UIB
 
@@ -29,6 +36,7 @@ __all__ = [
     "DSConv",
     "DilConv",
     "ExtraLayer",
+    "FCOSPredictor",
     "FactorizedReduce",
     "Fused",
     "Head",
@@ -38,10 +46,13 @@ __all__ = [
     "Op",
     "OpKey",
     "Pool",
+    "Predictor",
     "ReLUConvBN",
     "ResidualReduce",
     "SSDPredictor",
     "SepConv",
+    "SeparableLayer",
+    "Upsample",
     "check_key",
     "kinds",
     "register",

@@ -11,8 +11,10 @@ from torchvision.ops import batched_nms, box_iou
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing, Scores
+from hwnas.nn.anchors import anchors_of
+from hwnas.nn.detection_loss import detection_loss
 from hwnas.nn.detector import Outputs
-from hwnas.nn.ssd import DetectionLoss, PostProcessor, default_boxes
+from hwnas.nn.post_processor import PostProcessor
 from tests.nn.detectors import PADDING, batch, small_arch, small_network
 
 torch.set_num_threads(1)
@@ -30,7 +32,7 @@ def random_outputs(arch: Architecture, count: int = 2) -> Outputs:
 @pytest.mark.parametrize("classes", [1, 3])
 def test_a_detector_learns_its_batch(classes: int, scores: Scores) -> None:
     network = small_network(classes, scores).train()
-    loss, (x_NCHW, y_NM5) = DetectionLoss(network.arch), batch(classes)
+    loss, (x_NCHW, y_NM5) = detection_loss(network.arch), batch(classes)
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     values = []
     for _ in range(25):
@@ -52,7 +54,9 @@ def test_a_batch_without_a_box_has_a_loss_and_a_gradient(scores: Scores, rows: i
     network = small_network(scores=scores).train()
     x_NCHW, _ = batch()
     outputs = network(x_NCHW)
-    value = DetectionLoss(network.arch)(outputs, torch.tensor(PADDING).expand(len(x_NCHW), rows, 5))
+    value = detection_loss(network.arch)(
+        outputs, torch.tensor(PADDING).expand(len(x_NCHW), rows, 5)
+    )
     value.backward()
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     assert value.isfinite()
@@ -63,7 +67,7 @@ def test_a_batch_without_a_box_has_a_loss_and_a_gradient(scores: Scores, rows: i
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_padding_order_and_boxes_without_area_make_no_difference(scores: Scores) -> None:
     arch = small_arch(scores=scores)
-    loss, outputs = DetectionLoss(arch), random_outputs(arch)
+    loss, outputs = detection_loss(arch), random_outputs(arch)
     boxes = torch.tensor([[4.0, 8, 40, 30, 0], [20, 20, 60, 64, 2]])
     flat = torch.tensor([[10.0, 10, 10, 40, 1], [30, 30, 20, 35, 1]])
     padding = torch.tensor([[5.0, 5, 40, 50, -1]])
@@ -80,7 +84,7 @@ def test_the_focal_loss_follows_its_formula() -> None:
     arch = small_arch(scores="sigmoid")
     logits, codes = random_outputs(arch, 1)
     boxes, label = torch.tensor([[6.0, 10, 50, 44]]), 1
-    iou_A = box_iou(boxes, default_boxes(arch))[0]
+    iou_A = box_iou(boxes, anchors_of(arch))[0]
     matched = iou_A >= 0.5
     matched[iou_A.argmax()] = True
     p = torch.sigmoid(logits[0, :, 1:])
@@ -88,12 +92,12 @@ def test_the_focal_loss_follows_its_formula() -> None:
     target[matched, label] = 1.0
     focal = -target * 0.75 * (1 - p) ** 2 * p.log() - (1 - target) * 0.25 * p**2 * (1 - p).log()
     coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
-    anchors = default_boxes(arch)[matched]
+    anchors = anchors_of(arch)[matched]
     difference = (
         codes[0, matched] - coder.encode_single(boxes.expand(len(anchors), 4), anchors)
     ).abs()
     smooth_l1 = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5)
-    parts = DetectionLoss(arch).parts(
+    parts = detection_loss(arch).parts(
         (logits, codes), torch.tensor([[[*boxes[0].tolist(), label]]])
     )
     assert 1 < int(matched.sum()) < 100
@@ -106,7 +110,7 @@ def test_the_focal_loss_follows_its_formula() -> None:
 def test_outputs_that_encode_the_targets_give_the_targets(classes: int, scores: Scores) -> None:
     arch = small_arch(classes, scores)
     truth = torch.tensor([[6.0, 10, 50, 44, classes - 1], [30, 2, 62, 20, 0]])
-    anchors = default_boxes(arch)
+    anchors = anchors_of(arch)
     logits = torch.zeros(1, len(anchors), classes + 1)
     logits[..., 0], logits[..., 1:] = 9.0, -9.0
     codes = torch.zeros(1, len(anchors), 4)
@@ -128,7 +132,7 @@ def test_sigmoid_scores_are_sigmoids() -> None:
     config = PostProcessing(min_score=0.9, candidates=10_000, nms_iou=0.6, detections=10_000)
     boxes_A4 = (
         BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
-        .decode_single(codes[0], default_boxes(arch))
+        .decode_single(codes[0], anchors_of(arch))
         .clamp(0, 64)
     )
     anchor, label = (torch.sigmoid(logits[0, :, 1:]) > 0.9).nonzero(as_tuple=True)
@@ -164,8 +168,8 @@ def test_half_precision_outputs_are_accepted() -> None:
     logits, codes = random_outputs(arch)
     half = (logits.bfloat16(), codes.bfloat16())
     torch.testing.assert_close(
-        DetectionLoss(arch)(half, y_NM5),
-        DetectionLoss(arch)((logits, codes), y_NM5),
+        detection_loss(arch)(half, y_NM5),
+        detection_loss(arch)((logits, codes), y_NM5),
         rtol=0.02,
         atol=0,
     )
