@@ -175,7 +175,7 @@ class BlockWriter(ABC, Generic[V]):
         detector = detector_of(network.arch)
         blocks = self._chain(x, network.arch.blocks, list(network.blocks), "blocks.")
         taps = [blocks[tap] for tap in detector.taps]
-        neck = zip(detector.neck, network.neck.children(), strict=True)
+        neck = zip(detector.neck, network.neck_layers.children(), strict=True)
         maps = self._graph(taps, detector.steps, detector.sources, neck, detector.NECK)
         heads = zip(maps, detector.heads, network.heads, strict=True)
         predictions = []

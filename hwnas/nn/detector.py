@@ -52,10 +52,10 @@ class DetectionNetwork(Freezable):
         self.heads = nn.ModuleList(build(op, bn_eps=arch.bn_eps) for op in detector.heads)
         if generator is not None:
             initialise(self.blocks, generator)
-            initialise_detector(self.neck, self.heads, detector.scores, generator)
+            initialise_detector(self.neck_layers, self.heads, detector.scores, generator)
 
     @property
-    def neck(self) -> nn.Module:
+    def neck_layers(self) -> nn.Module:
         """The modules of the neck's ops; their name in checkpoints is the detector's
         ``NECK``.
         """
@@ -75,7 +75,7 @@ class DetectionNetwork(Freezable):
             if position in self.taps:
                 maps.append(x_NCHW)
         detector = detector_of(self.arch)
-        maps = run_graph(detector.steps, self.neck.children(), maps, detector.sources)
+        maps = run_graph(detector.steps, self.neck_layers.children(), maps, detector.sources)
         return predictions(self.heads, maps, detector.logits)
 
 

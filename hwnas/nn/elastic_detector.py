@@ -107,7 +107,7 @@ class ElasticDetector(ElasticHead):
         self.heads = nn.ModuleList(heads)
 
     @property
-    def neck(self) -> nn.ModuleList:
+    def neck_layers(self) -> nn.ModuleList:
         """The layers of the neck, under the name that they have in standalone
         detectors.
         """
@@ -119,7 +119,7 @@ class ElasticDetector(ElasticHead):
         """The tapped feature maps with their widths -> the ``Outputs``."""
         readers = self.detector.readers
         neck: list[Callable[[Tensor], Tensor]] = []
-        for name, op in zip(self.detector.neck_names, self._ops(self.neck), strict=True):
+        for name, op in zip(self.detector.neck_names, self._ops(self.neck_layers), strict=True):
             in_ch = op.op.in_ch
             if name in readers:
                 in_ch = maps[readers[name]][1].computed
@@ -148,7 +148,7 @@ class ElasticDetector(ElasticHead):
         """
         detector = detector_of(network.arch)
         pairs: list[tuple[Any, Any, Op]] = [
-            *zip(self.neck, network.neck.children(), detector.neck, strict=True),
+            *zip(self.neck_layers, network.neck_layers.children(), detector.neck, strict=True),
             *zip(self.heads, network.heads, detector.heads, strict=True),
         ]
         for shared, block, op in pairs:
@@ -157,7 +157,7 @@ class ElasticDetector(ElasticHead):
     def initialise(self, generator: torch.Generator, how: str) -> None:
         """Initialise as torchvision does; ``how`` is for the backbone only."""
         del how
-        initialise_detector(self.neck, self.heads, self.detector.scores, generator)
+        initialise_detector(self.neck_layers, self.heads, self.detector.scores, generator)
 
     def no_weight_decay(self) -> set[str]:
         """No weights: a detector has no classifier."""

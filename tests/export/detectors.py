@@ -10,9 +10,9 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 from torch import nn
 
-from hwnas.core.detector import Scores
+from hwnas.nn.blocks import initialise
 from hwnas.nn.detector import DetectionNetwork
-from tests.nn.detectors import small_network
+from tests.nn.detectors import Kind, small_network
 
 CLASSES = 3
 """With three, a map's logits and codes have the same shape, so that only their order
@@ -20,9 +20,9 @@ tells them apart.
 """
 
 
-def lively_network(scores: Scores = "softmax", classes: int = CLASSES) -> DetectionNetwork:
+def lively_network(kind: Kind = "softmax", classes: int = CLASSES) -> DetectionNetwork:
     """In eval mode, with statistics and weights that make scores and boxes vary."""
-    network = small_network(classes, scores)
+    network = small_network(classes, kind)
     generator = torch.Generator().manual_seed(3)
     for part in network.modules():
         if (
@@ -32,8 +32,14 @@ def lively_network(scores: Scores = "softmax", classes: int = CLASSES) -> Detect
         ):
             part.running_mean.normal_(0, 0.3, generator=generator)
             part.running_var.uniform_(0.5, 2, generator=generator)
+    # the neck of an anchor-free detector would otherwise shrink everything
+    if kind == "fcos":
+        for part in (network.neck_layers, network.heads):
+            initialise(part, generator)
+        for head in network.heads:
+            head.get_submodule("boxes.predict.conv").get_parameter("weight").data *= 0.1
     for name, weight in network.heads.named_parameters():
-        if name.endswith("predict.conv.weight"):
+        if name.endswith("predict.conv.weight") and kind != "fcos":
             weight.data *= 20
     return network.eval()
 

@@ -15,7 +15,7 @@ from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 
 from hwnas.core.detection import with_detector
-from hwnas.core.detector import PostProcessing, Scores
+from hwnas.core.detector import PostProcessing
 from hwnas.devices.device import HOST
 from hwnas.devices.host import Host
 from hwnas.export.convert import onnx_file
@@ -30,7 +30,7 @@ from hwnas.nn.detector import DetectionNetwork
 from hwnas.nn.post_processor import PostProcessor
 from tests.export.detectors import CLASSES, images, lively_network, run_onnx, run_tflite
 from tests.export.test_post_processing import assert_same
-from tests.nn.detectors import small_arch
+from tests.nn.detectors import KINDS, Kind, small_arch
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +68,9 @@ def tasks_detections(model: bytes) -> list[DetectionArrays]:
     return [read_tasks(row, {}, 64, CLASSES) for row in rows]
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_rows_of_the_float_tflite_file_are_pytorchs(scores: Scores) -> None:
-    network = lively_network(scores)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_the_float_tflite_file_are_pytorchs(kind: Kind) -> None:
+    network = lively_network(kind)
     rows = torch_rows(network)
     model = add_decoding(write_heads(network), network)
     for outputs, row in zip(run_tflite(model, X_NCHW), rows, strict=True):
@@ -129,9 +129,9 @@ def torch_rows_of(network: DetectionNetwork) -> np.ndarray:
     return rows
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_only_the_network_is_int8(scores: Scores) -> None:
-    network = lively_network(scores)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_network_is_int8(kind: Kind) -> None:
+    network = lively_network(kind)
     rows = torch_rows(network)
     model = add_decoding(
         quantize_int8(write_heads(network), [calibration()], float_io=True), network
@@ -142,7 +142,7 @@ def test_only_the_network_is_int8(scores: Scores) -> None:
     assert {op.dtype for op in ops[start:]} == {"FLOAT32"}
     int8_rows = np.concatenate([by_name["detections"] for by_name in run_tflite(model, X_NCHW)])
     assert (
-        np.abs(int8_rows - rows)[..., :4].max() < 2
+        np.abs(int8_rows - rows)[..., :4].max() < 3
         and np.abs(int8_rows - rows)[..., 4:].max() < 0.08
     )
     assert np.abs(int8_rows - rows)[..., :4].max() > 0
@@ -150,24 +150,27 @@ def test_only_the_network_is_int8(scores: Scores) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_detections_of_the_tasks_operator(scores: Scores, dtype: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_detections_of_the_tasks_operator(kind: Kind, dtype: str) -> None:
     """They are those of the rows that it gets, which the decoded file returns. At the
     edges it may choose other boxes, as it does not clip them.
     """
-    network = lively_network(scores)
+    network = lively_network(kind)
+    # most boxes of an untrained anchor-free detector reach beyond so small an image
+    nms_iou = 1.0 if kind == "fcos" else CONFIG.nms_iou
+    config = CONFIG.model_copy(update={"nms_iou": nms_iou})
     heads = write_heads(network)
     if dtype == "int8":
         heads = quantize_int8(heads, [calibration()], float_io=True)
-    outputs = run_tflite(tasks(heads, network, CONFIG), X_NCHW)
+    outputs = run_tflite(tasks(heads, network, config), X_NCHW)
     shapes = {"boxes": (1, 40, 4), "classes": (1, 40), "scores": (1, 40), "count": (1,)}
     assert [{name: value.shape for name, value in by_name.items()} for by_name in outputs] == [
         shapes
     ] * len(X_NCHW)
     rows = [by_name["detections"] for by_name in run_tflite(add_decoding(heads, network), X_NCHW)]
     same = total = 0
-    for detections, row in zip(tasks_detections(tasks(heads, network, CONFIG)), rows, strict=True):
-        wanted = read_decoded(row, CONFIG.model_dump(), 64, CLASSES)
+    for detections, row in zip(tasks_detections(tasks(heads, network, config)), rows, strict=True):
+        wanted = read_decoded(row, config.model_dump(), 64, CLASSES)
         assert (np.diff(detections[1]) <= 0).all()
         for box, score, label in zip(*wanted, strict=True):
             near = (
@@ -202,32 +205,32 @@ def test_the_options_of_the_tasks_operator() -> None:
 
 
 @pytest.fixture(scope="module")
-def onnx_models() -> dict[Scores, tuple[DetectionNetwork, bytes]]:
+def onnx_models() -> dict[Kind, tuple[DetectionNetwork, bytes]]:
     """Exported once, as the exporter takes five seconds per network."""
-    models: dict[Scores, tuple[DetectionNetwork, bytes]] = {}
-    for scores in ("softmax", "sigmoid"):
-        network = lively_network(scores)
+    models: dict[Kind, tuple[DetectionNetwork, bytes]] = {}
+    for kind in KINDS:
+        network = lively_network(kind)
         model = onnx_file(
             Decoded(network),
             (1, 3, 64, 64),
             metadata={"architecture": "here"},
             output_names=("detections",),
         )
-        models[scores] = (network, model)
+        models[kind] = (network, model)
     return models
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_the_onnx_file_are_pytorchs(
-    scores: Scores, onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]]
+    kind: Kind, onnx_models: dict[Kind, tuple[DetectionNetwork, bytes]]
 ) -> None:
-    network, model = onnx_models[scores]
+    network, model = onnx_models[kind]
     np.testing.assert_allclose(
         np.concatenate(run_onnx(model, X_NCHW)), torch_rows(network), atol=2e-4
     )
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "config",
     [
@@ -238,11 +241,11 @@ def test_rows_of_the_onnx_file_are_pytorchs(
     ],
 )
 def test_onnx_with_nms_finds_what_pytorch_finds(
-    scores: Scores,
+    kind: Kind,
     config: PostProcessing,
-    onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]],
+    onnx_models: dict[Kind, tuple[DetectionNetwork, bytes]],
 ) -> None:
-    network, model = onnx_models[scores]
+    network, model = onnx_models[kind]
     with torch.no_grad():
         expected = PostProcessor(network.arch, config)(network(X_NCHW))
     for row, wanted in zip(run_onnx(with_nms(model, config), X_NCHW), expected, strict=True):
@@ -252,7 +255,7 @@ def test_onnx_with_nms_finds_what_pytorch_finds(
 
 
 def test_the_file_with_nms_has_only_standard_operators(
-    onnx_models: dict[Scores, tuple[DetectionNetwork, bytes]],
+    onnx_models: dict[Kind, tuple[DetectionNetwork, bytes]],
 ) -> None:
     parsed = onnx.load_model_from_string(with_nms(onnx_models["softmax"][1], CONFIG))
     assert {node.domain for node in parsed.graph.node} == {""}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.core.detector import PostProcessing, Scores
+from hwnas.core.detector import PostProcessing
 from hwnas.export import post_processing
 from hwnas.export.detector import Decoded
 from hwnas.export.post_processing import (
@@ -24,6 +24,7 @@ from hwnas.export.post_processing import (
 )
 from hwnas.nn.post_processor import Detections, PostProcessor
 from tests.export.detectors import images, lively_network
+from tests.nn.detectors import KINDS, Kind
 
 torch.set_num_threads(1)
 
@@ -52,17 +53,17 @@ def assert_same(actual: DetectionArrays, expected: Detections) -> None:
     ) == len(wanted)
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_it_finds_what_torchvision_finds(config: PostProcessing, scores: Scores) -> None:
-    network = lively_network(scores)
+def test_it_finds_what_torchvision_finds(config: PostProcessing, kind: Kind) -> None:
+    network = lively_network(kind)
     x_NCHW = images()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         outputs, rows = network(x_NCHW), Decoded(network)(x_NCHW)
     reference = PostProcessor(network.arch, config)
     detections = [read_decoded(row, config.model_dump(), 64, 3) for row in rows.numpy()]
-    assert max(len(arrays[1]) for arrays in detections) > 4 or scores == "sigmoid"
+    assert max(len(arrays[1]) for arrays in detections) > 4 or kind != "softmax"
     for actual, expected in zip(detections, reference(outputs), strict=True):
         assert_same(actual, expected)
 
@@ -73,8 +74,9 @@ def test_it_finds_what_torchvision_finds(config: PostProcessing, scores: Scores)
             return self.logits, self.codes
 
     anchors = rows.shape[1]
-    spread = 3 if scores == "softmax" else 1  # more would give sigmoids of 1, hence ties
-    Random.logits = spread * torch.randn(2, anchors, 4, generator=generator)  # type: ignore[attr-defined]
+    logits = outputs[0].shape[2]
+    spread = 3 if kind == "softmax" else 1  # more would give sigmoids of 1, hence ties
+    Random.logits = spread * torch.randn(2, anchors, logits, generator=generator)  # type: ignore[attr-defined]
     Random.codes = torch.randn(2, anchors, 4, generator=generator)  # type: ignore[attr-defined]
     random = Random()
     rows = Decoded(random)(x_NCHW).numpy()  # type: ignore[arg-type]

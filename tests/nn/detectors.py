@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from hwnas.core.arch import Architecture
 from hwnas.core.detection import with_detector
-from hwnas.core.detector import Scores
+from hwnas.core.detector import DetectorSpec
+from hwnas.core.fcos import FCOSSpec
 from hwnas.core.ops import Op
 from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.nn.detector import DetectionNetwork
@@ -21,22 +24,29 @@ BLOCKS = tuple(
         "mbconv-h16-i24-o40-m72-k5-s2-relu6",
     )
 )
+Kind = Literal["softmax", "sigmoid", "fcos"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SPECS: dict[Kind, DetectorSpec] = {
+    "softmax": SSDLiteSpec(extras=(32, 16), scores="softmax"),
+    "sigmoid": SSDLiteSpec(extras=(32, 16), scores="sigmoid"),
+    "fcos": FCOSSpec(channels=16),
+}
 PADDING = [0.0, 0.0, 0.0, 0.0, -1.0]
 
 
-def small_arch(classes: int = 3, scores: Scores = "softmax") -> Architecture:
+def small_arch(classes: int = 3, kind: Kind = "softmax") -> Architecture:
     """A detector with four feature maps, for 64 px images."""
     return with_detector(
         Architecture(name="small", blocks=BLOCKS),
         classes,
-        SSDLiteSpec(extras=(32, 16), scores=scores),
+        SPECS[kind],
         resolution=64,
     )
 
 
-def small_network(classes: int = 3, scores: Scores = "softmax", seed: int = 0) -> DetectionNetwork:
+def small_network(classes: int = 3, kind: Kind = "softmax", seed: int = 0) -> DetectionNetwork:
     return DetectionNetwork(
-        small_arch(classes, scores), generator=torch.Generator().manual_seed(seed)
+        small_arch(classes, kind), generator=torch.Generator().manual_seed(seed)
     )
 
 

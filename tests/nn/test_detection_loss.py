@@ -7,15 +7,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_iou, generalized_box_iou, sigmoid_focal_loss
 
 from hwnas.core.arch import Architecture
-from hwnas.core.detector import PostProcessing, Scores
+from hwnas.core.detector import PostProcessing
 from hwnas.nn.anchors import anchors_of
 from hwnas.nn.detection_loss import detection_loss
 from hwnas.nn.detector import Outputs
 from hwnas.nn.post_processor import PostProcessor
-from tests.nn.detectors import PADDING, batch, small_arch, small_network
+from tests.nn.detectors import KINDS, PADDING, Kind, batch, small_arch, small_network
 
 torch.set_num_threads(1)
 
@@ -23,19 +23,22 @@ torch.set_num_threads(1)
 def random_outputs(arch: Architecture, count: int = 2) -> Outputs:
     assert arch.detector is not None
     generator = torch.Generator().manual_seed(2)
-    logits = 3 * torch.randn(count, arch.detector.anchors, arch.classes + 1, generator=generator)
+    logits = 3 * torch.randn(
+        count, arch.detector.anchors, arch.detector.logits, generator=generator
+    )
     return logits, torch.randn(count, arch.detector.anchors, 4, generator=generator)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [1, 3])
-def test_a_detector_learns_its_batch(classes: int, scores: Scores) -> None:
-    network = small_network(classes, scores).train()
+def test_a_detector_learns_its_batch(classes: int, kind: Kind) -> None:
+    network = small_network(classes, kind).train()
     loss, (x_NCHW, y_NM5) = detection_loss(network.arch), batch(classes)
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     values = []
-    for _ in range(25):
+    # an anchor-free detector learns the IoU of boxes that are still wrong
+    for _ in range(50 if kind == "fcos" else 25):
         optimizer.zero_grad()
         value = loss(network(x_NCHW), y_NM5)
         value.backward()
@@ -48,10 +51,10 @@ def test_a_detector_learns_its_batch(classes: int, scores: Scores) -> None:
     assert values[-1] < 0.5 * values[0]
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [0, 2])
-def test_a_batch_without_a_box_has_a_loss_and_a_gradient(scores: Scores, rows: int) -> None:
-    network = small_network(scores=scores).train()
+def test_a_batch_without_a_box_has_a_loss_and_a_gradient(kind: Kind, rows: int) -> None:
+    network = small_network(kind=kind).train()
     x_NCHW, _ = batch()
     outputs = network(x_NCHW)
     value = detection_loss(network.arch)(
@@ -61,12 +64,12 @@ def test_a_batch_without_a_box_has_a_loss_and_a_gradient(scores: Scores, rows: i
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     assert value.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients)
-    assert bool(value > 0) == any(gradient.any() for gradient in gradients) == (scores == "sigmoid")
+    assert bool(value > 0) == any(gradient.any() for gradient in gradients) == (kind != "softmax")
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_padding_order_and_boxes_without_area_make_no_difference(scores: Scores) -> None:
-    arch = small_arch(scores=scores)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_order_and_boxes_without_area_make_no_difference(kind: Kind) -> None:
+    arch = small_arch(kind=kind)
     loss, outputs = detection_loss(arch), random_outputs(arch)
     boxes = torch.tensor([[4.0, 8, 40, 30, 0], [20, 20, 60, 64, 2]])
     flat = torch.tensor([[10.0, 10, 10, 40, 1], [30, 30, 20, 35, 1]])
@@ -81,7 +84,7 @@ def test_padding_order_and_boxes_without_area_make_no_difference(scores: Scores)
 
 
 def test_the_focal_loss_follows_its_formula() -> None:
-    arch = small_arch(scores="sigmoid")
+    arch = small_arch(kind="sigmoid")
     logits, codes = random_outputs(arch, 1)
     boxes, label = torch.tensor([[6.0, 10, 50, 44]]), 1
     iou_A = box_iou(boxes, anchors_of(arch))[0]
@@ -105,19 +108,24 @@ def test_the_focal_loss_follows_its_formula() -> None:
     torch.testing.assert_close(parts["bbox_regression"], smooth_l1.sum() / 4 / matched.sum())
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [1, 3])
-def test_outputs_that_encode_the_targets_give_the_targets(classes: int, scores: Scores) -> None:
-    arch = small_arch(classes, scores)
+def test_outputs_that_encode_the_targets_give_the_targets(classes: int, kind: Kind) -> None:
+    arch = small_arch(classes, kind)
     truth = torch.tensor([[6.0, 10, 50, 44, classes - 1], [30, 2, 62, 20, 0]])
     anchors = anchors_of(arch)
-    logits = torch.zeros(1, len(anchors), classes + 1)
-    logits[..., 0], logits[..., 1:] = 9.0, -9.0
+    assert arch.detector is not None
+    background = arch.detector.background
+    assert background == (kind != "fcos")
+    logits = torch.full((1, len(anchors), background + classes), -9.0)
+    logits[..., :background] = 9.0
     codes = torch.zeros(1, len(anchors), 4)
-    coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
+    scales = (1.0, 1.0, 1.0, 1.0) if kind == "fcos" else (10.0, 10.0, 5.0, 5.0)
+    coder = BoxCoder(weights=scales)
     for row, logit in zip(truth, (9.0, 7.0), strict=True):
         nearest = int(box_iou(row[None, :4], anchors).argmax())
-        logits[0, nearest, 0], logits[0, nearest, 1 + int(row[4])] = -9.0, logit
+        logits[0, nearest, :background] = -9.0
+        logits[0, nearest, background + int(row[4])] = logit
         codes[0, nearest] = coder.encode_single(row[None, :4], anchors[nearest][None])[0]
     (detections,) = PostProcessor(arch, PostProcessing(min_score=0.5))((logits, codes))
     torch.testing.assert_close(detections.boxes_D4, truth[:, :4], rtol=0, atol=1e-3)
@@ -127,7 +135,7 @@ def test_outputs_that_encode_the_targets_give_the_targets(classes: int, scores: 
 
 def test_sigmoid_scores_are_sigmoids() -> None:
     """Against thresholds and NMS by hand."""
-    arch = small_arch(scores="sigmoid")
+    arch = small_arch(kind="sigmoid")
     logits, codes = random_outputs(arch, 1)
     config = PostProcessing(min_score=0.9, candidates=10_000, nms_iou=0.6, detections=10_000)
     boxes_A4 = (
@@ -145,11 +153,13 @@ def test_sigmoid_scores_are_sigmoids() -> None:
     assert torch.equal(detections.classes_D, label[kept])
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_no_detections_are_empty_tensors(scores: Scores) -> None:
-    arch = small_arch(scores=scores)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_detections_are_empty_tensors(kind: Kind) -> None:
+    arch = small_arch(kind=kind)
     logits, codes = random_outputs(arch)
-    logits[..., 0], logits[..., 1:] = 50.0, -50.0
+    assert arch.detector is not None
+    logits[:] = -50.0
+    logits[..., : arch.detector.background] = 50.0
     for detections in PostProcessor(arch)((logits, codes)):
         assert (
             detections.boxes_D4.shape,
@@ -176,3 +186,72 @@ def test_half_precision_outputs_are_accepted() -> None:
     assert all(
         detections.boxes_D4.dtype == torch.float32 for detections in PostProcessor(arch)(half)
     )
+
+
+def test_an_anchor_free_detector_learns_the_iou_in_the_score_of_the_class() -> None:
+    """With boxes that are right, the target is 1, and the quality focal loss is the focal
+    loss without alpha, which torchvision has.
+    """
+    arch = small_arch(kind="fcos")
+    truth = torch.tensor([[4.0, 4, 60, 60, 2]])
+    anchors_A4 = anchors_of(arch)
+    logits, _ = random_outputs(arch, 1)
+    coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+    codes = coder.encode_single(truth[:, :4].expand(len(anchors_A4), 4), anchors_A4)[None]
+    parts = detection_loss(arch).parts((logits, codes), truth[None])
+
+    matched = matched_cells(arch, truth)
+    targets = torch.zeros_like(logits)
+    targets[0, matched, 2] = 1.0
+    expected = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=2, reduction="sum")
+    torch.testing.assert_close(parts["classification"], expected / len(matched))
+    torch.testing.assert_close(parts["bbox_regression"], torch.tensor(0.0), rtol=0, atol=1e-4)
+
+
+def matched_cells(arch: Architecture, truth: torch.Tensor) -> list[int]:
+    """The cells that have to find the only box, by FCOS's rules, one cell at a time."""
+    assert arch.detector is not None
+    x1, y1, x2, y2 = truth[0, :4].tolist()
+    cells = []
+    number = 0
+    sizes = [head.size for head in arch.detector.heads]
+    for level, size in enumerate(sizes):
+        stride = arch.resolution / size
+        for row in range(size):
+            for column in range(size):
+                x, y = (column + 0.5) * stride, (row + 0.5) * stride
+                sides = (x - x1, y - y1, x2 - x, y2 - y)
+                to_centre = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
+                low = 0 if level == 0 else 4 * stride
+                high = float("inf") if level == len(sizes) - 1 else 8 * stride
+                if min(sides) > 0 and to_centre < 1.5 * stride and low < max(sides) < high:
+                    cells.append(number)
+                number += 1
+    assert cells
+    return cells
+
+
+def test_boxes_learn_by_giou_weighted_with_the_scores() -> None:
+    arch = small_arch(kind="fcos")
+    truth = torch.tensor([[4.0, 4, 60, 60, 2]])
+    logits, codes = random_outputs(arch, 1)
+    matched = matched_cells(arch, truth)
+    boxes = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0)).decode_single(codes[0], anchors_of(arch))
+    weight = logits.sigmoid()[0, matched].amax(dim=1)
+    giou = torch.diagonal(generalized_box_iou(boxes[matched], truth[:, :4].expand(len(matched), 4)))
+    parts = detection_loss(arch).parts((logits, codes), truth[None])
+    expected = 2 * (weight * (1 - giou)).sum() / weight.sum()
+    torch.testing.assert_close(parts["bbox_regression"], expected)
+
+
+def test_the_squares_of_an_anchor_free_detector_are_centred_on_their_cells() -> None:
+    arch = small_arch(kind="fcos")
+    boxes = anchors_of(arch)
+
+    assert arch.detector is not None
+    sizes = [head.size for head in arch.detector.heads]
+    assert sizes == [32, 16, 8, 4] and len(boxes) == sum(size**2 for size in sizes)
+    assert boxes[0].tolist() == [1 - 8, 1 - 8, 1 + 8, 1 + 8]
+    # the second row of the second map: 4 px strides
+    assert boxes[32**2 + 16].tolist() == [2 - 16, 6 - 16, 2 + 16, 6 + 16]
+    assert boxes[-1].tolist() == [56 - 64, 56 - 64, 56 + 64, 56 + 64]

@@ -69,7 +69,7 @@ def test_weights_depend_only_on_the_generator_and_start_as_documented() -> None:
 
 @torch.inference_mode()
 def test_sigmoid_scores_start_at_one_percent() -> None:
-    logits, codes = small_network(scores="sigmoid").eval()(torch.zeros(1, 3, 64, 64))
+    logits, codes = small_network(kind="sigmoid").eval()(torch.zeros(1, 3, 64, 64))
     assert torch.sigmoid(logits).mean().item() == pytest.approx(0.01, rel=0.1)
     assert codes.abs().max() < 1
 
@@ -99,7 +99,7 @@ def test_bn_is_recalibrated_in_every_part() -> None:
 
 
 def test_a_checkpoint_restores_the_detector(tmp_path: Path) -> None:
-    network = small_network(scores="sigmoid").train()
+    network = small_network(kind="sigmoid").train()
     x_NCHW, _ = batch()
     network(x_NCHW)  # moves the BN statistics
     save_network(network, tmp_path / "model.safetensors", {"ap": "0.3"})

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hwnas.config import SupernetConfig
+from hwnas.core.fcos import FCOSSpec
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import nasbench201
 from hwnas.errors import CheckpointError, ConfigError
@@ -44,10 +45,17 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 )
 
 
+SPACES: dict[str, MacroSpace] = {
+    "ssdlite": detectors(),
+    "fcos": classifiers().with_detector(FCOSSpec(channels=16)),
+}
+
+
+@pytest.mark.parametrize("kind", SPACES)
 @pytest.mark.parametrize("config", CONFIGS)
 @torch.no_grad()
-def test_one_hot_gates_give_the_extracted_detector(config: dict[str, Any]) -> None:
-    space = detectors()
+def test_one_hot_gates_give_the_extracted_detector(config: dict[str, Any], kind: str) -> None:
+    space = SPACES[kind]
     supernet, x_NCHW = supernet_of(space, **config).eval(), images()
     for seed in range(4):
         picks = space.sample(np.random.default_rng(seed))
@@ -64,8 +72,9 @@ def test_one_hot_gates_give_the_extracted_detector(config: dict[str, Any]) -> No
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_every_gate_gets_a_gradient_from_the_detectors_outputs() -> None:
-    space = detectors()
+@pytest.mark.parametrize("kind", SPACES)
+def test_every_gate_gets_a_gradient_from_the_detectors_outputs(kind: str) -> None:
+    space = SPACES[kind]
     supernet = supernet_of(space).train()
     gates = {
         choice.key: torch.full((len(choice.options),), 1 / len(choice.options), requires_grad=True)
