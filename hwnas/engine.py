@@ -24,6 +24,7 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -170,13 +171,38 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss, and the accuracy on the batch (``train_accuracy``)."""
-        if y.dim() == 1:
-            labels = y
-            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        else:
-            labels = y.argmax(1)
-            loss = F.cross_entropy(logits, y)
-        return loss, {"train_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
+        # targets that are probabilities have been smoothed where they were mixed
+        label_smoothing = self.label_smoothing if y.dim() == 1 else 0.0
+        loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+        return loss, {"train_accuracy": _accuracy(logits, y)}
+
+
+class BinaryCrossEntropy(nn.Module):
+    """The other criterion of classifiers, timm's: for each class on its own whether the
+    image shows it, averaged over images and classes. Targets are as for ``CrossEntropy``.
+
+    Source: Wightman et al., "ResNet strikes back", arXiv 2110.00476.
+
+    *Difference from the paper*: mixed targets stay probabilities; the paper makes 1 of all
+    that are not 0 (``target_threshold`` in timm).
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.loss = TimmBinaryCrossEntropy(smoothing=label_smoothing)
+
+    def forward(self, logits: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss, and the accuracy on the batch (``train_accuracy``)."""
+        # timm's smoothed targets have the precision of the logits, bfloat16 on a GPU
+        return self.loss(logits.float(), y), {"train_accuracy": _accuracy(logits, y)}
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """The fraction of images whose highest logit [N, classes] is their label [N], or their
+    most probable class [N, classes].
+    """
+    labels = y if y.dim() == 1 else y.argmax(1)
+    return (logits.detach().argmax(1) == labels).float().mean()
 
 
 @dataclass(frozen=True)

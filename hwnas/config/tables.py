@@ -456,6 +456,7 @@ TRAIN_UNSET: dict[str, Any] = {
     "pretrained": None,
     "pretrained_model": None,
     "teacher": None,
+    "loss": "cross_entropy",
     "drop_path": 0.0,
     "freeze": 0.0,
     "freeze_bn": False,
@@ -531,6 +532,13 @@ class TrainConfig(Section):
         description=(
             "weight of a new batch in the running statistics of BN; torchvision's SSDLite and"
             " MobileDet: 0.03"
+        ),
+    )
+    loss: Literal["cross_entropy", "bce"] = Field(
+        "cross_entropy",
+        description=(
+            "loss of a classifier. cross_entropy: of the softmax over all classes; bce: the mean of"
+            " the binary cross-entropies of the classes (timm's)"
         ),
     )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing of a classifier")

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from hwnas.config import AugmentationConfig, TrainConfig
+from hwnas.config import AugmentationConfig, Experiment, TrainConfig
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.data.training_augmentation import Mixing, TrainingAugmentation
-from hwnas.engine import Engine, Metrics, Microbatch, steps_of
+from hwnas.engine import BinaryCrossEntropy, Criterion, Engine, Metrics, Microbatch, steps_of
 from hwnas.networks import data_for
 from hwnas.nn.blocks import set_drop_path
 from hwnas.nn.checkpoint import save_network
@@ -89,7 +89,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         config.batch_size,
         seed,
         ctx.folder,
-        criterion=task_of(ctx.experiment).criterion(arch, config.label_smoothing),
+        criterion=_criterion(ctx.experiment, arch),
         ema_decay=config.ema_decay,
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
@@ -114,6 +114,14 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         frozen_steps=round(config.freeze * steps),
         freezes_norms=config.freeze_bn,
     )
+
+
+def _criterion(experiment: Experiment, arch: Architecture) -> Criterion:
+    """The loss that ``train.loss`` names: by default that of the task."""
+    config = experiment.train
+    if config.loss == "bce":
+        return BinaryCrossEntropy(config.label_smoothing)
+    return task_of(experiment).criterion(arch, config.label_smoothing)
 
 
 def _initial_weights(config: TrainConfig) -> str:

@@ -501,6 +501,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
             "train.pretrained",
             "train.pretrained_model",
             "train.teacher",
+            "train.loss",
             "train.drop_path",
             "train.freeze",
             "train.freeze_bn",
