@@ -18,7 +18,7 @@ from hwnas.config.base import (
     Images,
     Plugin,
     Section,
-    check_pretrained_model,
+    check_model_of_file,
     with_defaults,
     without_defaults,
 )
@@ -467,5 +467,5 @@ class SearchConfig(Section):
                 f"search.{initial[0]} and search.{initial[1]} both set the initial weights of the"
                 " super-net; remove one of them"
             )
-        check_pretrained_model("search", self.pretrained, self.pretrained_model)
+        check_model_of_file("search.pretrained", self.pretrained, self.pretrained_model)
         return self

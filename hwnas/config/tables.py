@@ -24,7 +24,7 @@ from hwnas.config.base import (
     Rounds,
     Section,
     Weight,
-    check_pretrained_model,
+    check_model_of_file,
     with_defaults,
     without_defaults,
 )
@@ -456,6 +456,9 @@ TRAIN_UNSET: dict[str, Any] = {
     "pretrained": None,
     "pretrained_model": None,
     "teacher": None,
+    "teacher_model": None,
+    "teacher_share": 0.5,
+    "teacher_temperature": 1.0,
     "loss": "cross_entropy",
     "drop_path": 0.0,
     "freeze": 0.0,
@@ -501,9 +504,29 @@ class TrainConfig(Section):
     )
     teacher: str | None = Field(
         None,
+        min_length=1,
         description=(
-            "folder of a trained classifier of the same classes, whose probabilities this network"
-            " learns as well (distillation)"
+            "a trained classifier of the same classes, whose probabilities this network learns as"
+            " well (distillation): the folder of an earlier run, a file (.pth, .safetensors), or"
+            " the name of a timm model whose weights are in its cache"
+        ),
+    )
+    teacher_model: str | None = Field(
+        None, description="the timm model that the file of train.teacher belongs to"
+    )
+    teacher_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="weight of the teacher's probabilities in the loss; that of the labels is 1 - it",
+    )
+    teacher_temperature: float = Field(
+        1.0,
+        ge=0.1,
+        le=100,
+        description=(
+            "divisor of the logits of both networks where this one learns from its teacher: the"
+            " higher, the more the less probable classes count"
         ),
     )
     freeze: float = Field(
@@ -596,7 +619,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_pretrained(self) -> Self:
-        check_pretrained_model("train", self.pretrained, self.pretrained_model)
+        check_model_of_file("train.pretrained", self.pretrained, self.pretrained_model)
+        check_model_of_file("train.teacher", self.teacher, self.teacher_model)
         starts_anew = self.pretrained is None and self.backbone is None
         if starts_anew and self.weights == "scratch" and (self.freeze or self.freeze_bn):
             key = "train.freeze" if self.freeze else "train.freeze_bn"

@@ -57,8 +57,13 @@ class TrainingRun:
         if self.teacher is None:
             return self.engine.train_step(x_NCHW, y)
         x_NCHW, y = self.engine.to_device(x_NCHW, y)
-        soft_labels = self.teacher.probabilities(x_NCHW)
-        return self.engine.optimizer_step([Microbatch(x_NCHW, y, soft_labels=soft_labels)])
+        taught = Microbatch(
+            x_NCHW,
+            y,
+            soft_labels=self.teacher.probabilities(x_NCHW),
+            distillation=self.teacher.distillation,
+        )
+        return self.engine.optimizer_step([taught])
 
 
 def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
@@ -103,7 +108,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     )
     teacher = None
     if config.teacher is not None:
-        teacher = Teacher(config.teacher, data.classes, data.channels, engine.device)
+        teacher = Teacher(config, data, engine.device)
     return TrainingRun(
         engine,
         test,

@@ -237,6 +237,13 @@ NO_TRAIN_MOMENTUM = Case(
     verbs=("run", "train"),
     fix="remove it, or set its betas in train.optimizer.options",
 )
+NO_TEACHER = Case(
+    lambda situation: situation.experiment.train.teacher is None,
+    why="no teacher is configured",
+    by=("train.teacher",),
+    verbs=("run", "train"),
+    fix="set train.teacher, or remove it",
+)
 ALL_WEIGHTS_USED = Case(
     _always,
     why="training uses every weight in every step",
@@ -501,6 +508,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
             "train.pretrained",
             "train.pretrained_model",
             "train.teacher",
+            "train.teacher_model",
             "train.loss",
             "train.drop_path",
             "train.freeze",
@@ -514,6 +522,7 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "train.optimizer.momentum": (NO_TRAIN_MOMENTUM,),
     "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),
     "train.bn_momentum": ALWAYS_READ,
+    **dict.fromkeys(("train.teacher_share", "train.teacher_temperature"), (NO_TEACHER,)),
     "train.label_smoothing": (DETECTS,),
     # refused for detectors
     **{f"train.augmentation.{key}": ALWAYS_READ for key in ("auto", "erasing", "mixup", "cutmix")},
