@@ -444,6 +444,32 @@ class AugmentationConfig(Section):
         le=100,
         description="alpha of CutMix, which pastes a rectangle of another image; 0: none",
     )
+    cutout: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description=(
+            "side in pixels of a square, anywhere in the image, that gets the mean colour; below"
+            " the resolution; 0: none"
+        ),
+    )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description=(
+            "how many times each image is in an update, augmented differently each time; a divisor"
+            " of the batch size"
+        ),
+    )
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit keys that are not set: the hash of training runs from before these keys
+        existed must not change.
+        """
+        content: dict[str, Any] = handler(self)
+        return without_defaults(content, {"cutout": 0, "repeats": 1})
 
     @property
     def mixes(self) -> bool:
@@ -518,7 +544,9 @@ class TrainConfig(Section):
         0.5,
         ge=0,
         le=1,
-        description="weight of the teacher's probabilities in the loss; that of the labels is 1 - it",
+        description=(
+            "weight of the teacher's probabilities in the loss, against 1 - it of the labels"
+        ),
     )
     teacher_temperature: float = Field(
         1.0,
@@ -609,11 +637,17 @@ class TrainConfig(Section):
         return without_defaults(content, TRAIN_UNSET)
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
+    def _check_batch(self) -> Self:
         if self.augmentation.mixes and self.batch_size % 2:
             raise ValueError(
                 f"train.batch_size = {self.batch_size} is odd, and mixup and CutMix blend images in"
                 " pairs; choose an even number"
+            )
+        repeats = self.augmentation.repeats
+        if self.batch_size % repeats:
+            raise ValueError(
+                f"train.batch_size = {self.batch_size} is not a multiple of"
+                f" train.augmentation.repeats = {repeats}; change one of them"
             )
         return self
 

@@ -104,7 +104,12 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     validation = Validation(ctx, engine, test, len(train) / config.batch_size)
     validation.resume()
     batches = training_batches(
-        train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
+        train,
+        config.batch_size,
+        seed=seed,
+        steps=range(engine.step, steps),
+        workers=data.workers,
+        repeats=augmentation.repeats,
     )
     teacher = None
     if config.teacher is not None:

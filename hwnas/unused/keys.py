@@ -525,7 +525,10 @@ KEYS: dict[str, tuple[Case, ...]] = {
     **dict.fromkeys(("train.teacher_share", "train.teacher_temperature"), (NO_TEACHER,)),
     "train.label_smoothing": (DETECTS,),
     # refused for detectors
-    **{f"train.augmentation.{key}": ALWAYS_READ for key in ("auto", "erasing", "mixup", "cutmix")},
+    **{
+        f"train.augmentation.{key}": ALWAYS_READ
+        for key in ("auto", "erasing", "mixup", "cutmix", "cutout", "repeats")
+    },
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS_READ,
     # DataConfig refuses contradictions.

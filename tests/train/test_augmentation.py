@@ -20,6 +20,9 @@ SETTINGS = (
     "train.augmentation.erasing=0.3",
     "train.augmentation.mixup=0.2",
     "train.augmentation.cutmix=1.0",
+    "train.augmentation.cutout=3",
+    "train.augmentation.repeats=2",
+    "train.loss=bce",
     'train.optimizer.schedule={kind="cosine", final=0.05, cycles=2}',
 )
 
