@@ -134,6 +134,11 @@ class Experiment(Section):
                 "train.augmentation is for classifiers; remove it, and choose data.augment = 'ssd'"
                 " or 'ssdlite' for a detector"
             )
+        if detects and self.train.progressive.start < 1:
+            raise ValueError(
+                f"train.progressive.start = {self.train.progressive.start:g} is for classifiers;"
+                " remove it, or set task = 'classify'"
+            )
         if detects and self.export.softmax:
             raise ValueError(
                 "export.softmax is for classifiers, and a detector's files have scores already;"

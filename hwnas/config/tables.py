@@ -477,6 +477,25 @@ class AugmentationConfig(Section):
         return self.mixup > 0 or self.cutmix > 0
 
 
+class ProgressiveConfig(Section):
+    """How the resolution rises during the training of a classifier; see
+    hwnas/train/progressive.py.
+    """
+
+    start: float = Field(
+        1.0,
+        ge=0.1,
+        le=1,
+        description=(
+            "size of the images in the first stage, as a fraction of the network's input; 1: images"
+            " have the full size from the start"
+        ),
+    )
+    stages: int = Field(
+        4, ge=2, le=100, description="stages of equal length, the last one at the full size"
+    )
+
+
 TRAIN_UNSET: dict[str, Any] = {
     "validate_every": None,
     "pretrained": None,
@@ -490,6 +509,7 @@ TRAIN_UNSET: dict[str, Any] = {
     "freeze": 0.0,
     "freeze_bn": False,
     "augmentation": AugmentationConfig().model_dump(),
+    "progressive": ProgressiveConfig().model_dump(),
 }
 """Keys of ``train`` that are left out of documents at these values, their defaults."""
 
@@ -594,6 +614,7 @@ class TrainConfig(Section):
     )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing of a classifier")
     augmentation: AugmentationConfig = AugmentationConfig()
+    progressive: ProgressiveConfig = ProgressiveConfig()
     dropout: float = Field(
         0.0,
         ge=0,

@@ -4,7 +4,7 @@ graph says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +51,16 @@ class ClassificationNetwork(Freezable):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> logits [N, classes]."""
         if self.arch.graph:
-            return run_graph(self.arch.graph, self.blocks, x_NCHW)
+            return run_graph(self.arch, self.blocks, x_NCHW)
         logits: Tensor = self.blocks(x_NCHW)
         return logits
 
 
-def run_graph(graph: Sequence[Step], blocks: Iterable[nn.Module], x_NCHW: Tensor) -> Tensor:
-    """The last point of a graph (``hwnas.core.graph``) for the images ``x_NCHW``. Each
-    point is freed after its last use.
+def run_graph(arch: Architecture, blocks: Iterable[nn.Module], x_NCHW: Tensor) -> Tensor:
+    """The last point of an architecture's graph (``hwnas.core.graph``) for the images
+    ``x_NCHW``. Each point is freed after its last use.
     """
+    graph = arch.graph
     last_use: dict[int, int] = {}
     for position, step in enumerate(graph):
         for point in step.of:
@@ -69,17 +70,23 @@ def run_graph(graph: Sequence[Step], blocks: Iterable[nn.Module], x_NCHW: Tensor
     remaining_blocks = iter(blocks)
     for position, step in enumerate(graph):
         inputs = [points[point] for point in step.of]
-        points[position + 1] = _run_step(step, inputs, remaining_blocks, x_NCHW)
+        if step.kind == "zero":
+            # training may begin with smaller images than the architecture is for
+            size = step.size * x_NCHW.shape[-1] // arch.resolution
+            zeros = x_NCHW.new_zeros(x_NCHW.shape[0], step.channels, size, size)
+            points[position + 1] = zeros.contiguous(memory_format=torch.channels_last)
+        else:
+            points[position + 1] = _run_step(step, inputs, remaining_blocks)
         for point in set(step.of):
             if last_use[point] == position:
                 del points[point]
     return points[len(graph)]
 
 
-def _run_step(
-    step: Step, inputs: list[Tensor], blocks: Iterator[nn.Module], x_NCHW: Tensor
-) -> Tensor:
-    """The output of one step. An ``op`` step takes the next one of ``blocks``."""
+def _run_step(step: Step, inputs: list[Tensor], blocks: Iterator[nn.Module]) -> Tensor:
+    """The output of a step that reads ``inputs``. An ``op`` step takes the next one of
+    ``blocks``.
+    """
     if step.kind == "op":
         y_NCHW: Tensor = next(blocks)(inputs[0])
         return y_NCHW
@@ -87,10 +94,6 @@ def _run_step(
         return torch.cat(inputs, dim=1)
     if step.kind == "cut":
         return inputs[0][:, : step.channels]
-    if step.kind == "zero":
-        zeros = x_NCHW.new_zeros(x_NCHW.shape[0], step.channels, step.size, step.size)
-        return zeros.contiguous(memory_format=torch.channels_last)
-
     total = inputs[0]
     for term in inputs[1:]:
         total = total + term

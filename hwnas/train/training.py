@@ -5,7 +5,7 @@ result.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from hwnas.nn.blocks import set_drop_path
 from hwnas.nn.checkpoint import save_network
 from hwnas.nn.freezing import Freezable
 from hwnas.nn.network import Network, network_of
+from hwnas.nn.shared import resized
 from hwnas.runs import StageContext
 from hwnas.task import EvaluationSettings, evaluate, task_of
 from hwnas.train.initial_weights import load_initial_weights
+from hwnas.train.progressive import Progression, progression_of
 from hwnas.train.result import WEIGHTS, TrainResult
 from hwnas.train.teacher import Teacher
 from hwnas.train.validation import Validation
@@ -39,6 +41,7 @@ class TrainingRun:
     validation: Validation
     mixing: Mixing | None = None
     teacher: Teacher | None = None
+    progression: Progression | None = None
     frozen_steps: int = 0
     """In how many steps, from the first, the backbone is not trained."""
     freezes_norms: bool = False
@@ -54,16 +57,16 @@ class TrainingRun:
         if self.mixing is not None:
             seed = int(np.random.default_rng([self.engine.seed, number, 2]).integers(2**62))
             x_NCHW, y = self.mixing(x_NCHW, y, seed)
-        if self.teacher is None:
-            return self.engine.train_step(x_NCHW, y)
         x_NCHW, y = self.engine.to_device(x_NCHW, y)
-        taught = Microbatch(
-            x_NCHW,
-            y,
-            soft_labels=self.teacher.probabilities(x_NCHW),
-            distillation=self.teacher.distillation,
-        )
-        return self.engine.optimizer_step([taught])
+        size = None if self.progression is None else self.progression.size(number)
+        batch = Microbatch(resized(x_NCHW, size), y)
+        if self.teacher is not None:
+            batch = replace(
+                batch,
+                soft_labels=self.teacher.probabilities(x_NCHW),
+                distillation=self.teacher.distillation,
+            )
+        return self.engine.optimizer_step([batch])
 
 
 def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
@@ -114,6 +117,9 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config, data, engine.device)
+    progression = None
+    if config.progressive.start < 1:
+        progression = progression_of(config.progressive, arch, steps)
     return TrainingRun(
         engine,
         test,
@@ -121,6 +127,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         validation,
         mixing=mixing,
         teacher=teacher,
+        progression=progression,
         frozen_steps=round(config.freeze * steps),
         freezes_norms=config.freeze_bn,
     )

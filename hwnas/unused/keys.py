@@ -244,6 +244,13 @@ NO_TEACHER = Case(
     verbs=("run", "train"),
     fix="set train.teacher, or remove it",
 )
+NOT_PROGRESSIVE = Case(
+    lambda situation: situation.experiment.train.progressive.start == 1,
+    why="train.progressive.start = 1 has the full resolution from the start",
+    by=("train.progressive.start",),
+    verbs=("run", "train"),
+    fix="set train.progressive.start below 1, or remove it",
+)
 ALL_WEIGHTS_USED = Case(
     _always,
     why="training uses every weight in every step",
@@ -529,6 +536,8 @@ KEYS: dict[str, tuple[Case, ...]] = {
         f"train.augmentation.{key}": ALWAYS_READ
         for key in ("auto", "erasing", "mixup", "cutmix", "cutout", "repeats")
     },
+    "train.progressive.start": ALWAYS_READ,
+    "train.progressive.stages": (NOT_PROGRESSIVE,),
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS_READ,
     # DataConfig refuses contradictions.

@@ -23,6 +23,7 @@ SETTINGS = (
     "train.augmentation.cutout=3",
     "train.augmentation.repeats=2",
     "train.loss=bce",
+    "train.progressive={start=0.5, stages=2}",
     'train.optimizer.schedule={kind="cosine", final=0.05, cycles=2}',
 )
 
