@@ -629,7 +629,8 @@ class TrainConfig(Section):
         lt=1,
         description=(
             "probability that an image loses the branch of the last residual block in training; it"
-            " rises linearly over the blocks (stochastic depth)"
+            " rises linearly over the blocks (stochastic depth). In networks of cells: that it"
+            " loses the op of an edge at the end of training, to which it rises linearly"
         ),
     )
     ema_decay: float = Field(

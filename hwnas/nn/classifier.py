@@ -4,9 +4,10 @@ graph says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from timm.layers import drop_path as timm_drop_path
 from torch import Tensor, nn
 
 from hwnas.core.arch import Architecture
@@ -23,6 +24,11 @@ class ClassificationNetwork(Freezable):
         >>> arch = published("mobilenet_v2", resolution=64)
         >>> ClassificationNetwork(arch).eval()(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 1000])
+    """
+
+    drop_path: float = 0.0
+    """In a graph of cells: the probability that an image loses the op of an edge in
+    training. See ``edge_points``.
     """
 
     def __init__(
@@ -51,16 +57,46 @@ class ClassificationNetwork(Freezable):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Images [N, channels, size, size] -> logits [N, classes]."""
         if self.arch.graph:
-            return run_graph(self.arch, self.blocks, x_NCHW)
+            drop_path = self.drop_path if self.training else 0.0
+            return run_graph(self.arch, self.blocks, x_NCHW, drop_path)
         logits: Tensor = self.blocks(x_NCHW)
         return logits
 
 
-def run_graph(arch: Architecture, blocks: Iterable[nn.Module], x_NCHW: Tensor) -> Tensor:
+def edge_points(graph: Sequence[Step]) -> frozenset[int]:
+    """The points of a graph that the ops on the edges of its cells make, for drop-path
+    (Larsson et al., arXiv 1605.07648) as in DARTS's code: all terms of sums but those that
+    are passed on unchanged (skip connections).
+
+    Such a point is read once, by a sum. So may be a cell's preprocessed input, if a skip
+    connection is all that reads it; one that reads the concatenation of another cell is
+    told apart by that.
+
+    *Difference from the code*: in the first two cells, such an input counts as an edge.
+    """
+    readers: dict[int, list[Step]] = {}
+    for step in graph:
+        for point in step.of:
+            readers.setdefault(point, []).append(step)
+    edges = set()
+    for position, step in enumerate(graph):
+        read_by = [reader.kind for reader in readers.get(position + 1, ())]
+        # point 0 is the image
+        is_preprocessed = any(point > 0 and graph[point - 1].kind == "concat" for point in step.of)
+        if step.kind == "op" and read_by == ["sum"] and not is_preprocessed:
+            edges.add(position + 1)
+    return frozenset(edges)
+
+
+def run_graph(
+    arch: Architecture, blocks: Iterable[nn.Module], x_NCHW: Tensor, drop_path: float = 0.0
+) -> Tensor:
     """The last point of an architecture's graph (``hwnas.core.graph``) for the images
-    ``x_NCHW``. Each point is freed after its last use.
+    ``x_NCHW``. Each point is freed after its last use. Images lose each of the
+    ``edge_points`` with the probability ``drop_path``.
     """
     graph = arch.graph
+    edges = edge_points(graph) if drop_path else frozenset()
     last_use: dict[int, int] = {}
     for position, step in enumerate(graph):
         for point in step.of:
@@ -77,6 +113,8 @@ def run_graph(arch: Architecture, blocks: Iterable[nn.Module], x_NCHW: Tensor) -
             points[position + 1] = zeros.contiguous(memory_format=torch.channels_last)
         else:
             points[position + 1] = _run_step(step, inputs, remaining_blocks)
+        if position + 1 in edges:
+            points[position + 1] = timm_drop_path(points[position + 1], drop_path, True)
         for point in set(step.of):
             if last_use[point] == position:
                 del points[point]

@@ -19,6 +19,7 @@ from hwnas.engine import BinaryCrossEntropy, Criterion, Engine, Metrics, Microba
 from hwnas.networks import data_for
 from hwnas.nn.blocks import set_drop_path
 from hwnas.nn.checkpoint import save_network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.freezing import Freezable
 from hwnas.nn.network import Network, network_of
 from hwnas.nn.shared import resized
@@ -42,6 +43,10 @@ class TrainingRun:
     mixing: Mixing | None = None
     teacher: Teacher | None = None
     progression: Progression | None = None
+    drop_path: float = 0.0
+    """The probability at the end that an image loses the op of an edge of a cell. It rises
+    from 0, as in DARTS's code.
+    """
     frozen_steps: int = 0
     """In how many steps, from the first, the backbone is not trained."""
     freezes_norms: bool = False
@@ -52,6 +57,9 @@ class TrainingRun:
         network = self.engine.model
         assert isinstance(network, Freezable)
         network.freeze(weights=number < self.frozen_steps, norms=self.freezes_norms)
+        if self.drop_path:
+            assert isinstance(network, ClassificationNetwork)
+            network.drop_path = self.drop_path * number / self.engine.steps
         # ``batches`` begins at the engine's step and moves along with it
         x_NCHW, y = next(self.batches)
         if self.mixing is not None:
@@ -85,7 +93,8 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     generator = torch.Generator().manual_seed(seed)
     network = network_of(arch, dropout=config.dropout, generator=generator)
     load_initial_weights(network, ctx)
-    set_drop_path(list(network.blocks), config.drop_path)
+    if not arch.graph:
+        set_drop_path(list(network.blocks), config.drop_path)
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = config.bn_momentum
@@ -128,6 +137,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         mixing=mixing,
         teacher=teacher,
         progression=progression,
+        drop_path=config.drop_path if arch.graph else 0.0,
         frozen_steps=round(config.freeze * steps),
         freezes_norms=config.freeze_bn,
     )
