@@ -86,7 +86,7 @@ def make_optimizer(
     weight decay. Raises ConfigError, which names the ``section`` of the configuration,
     if timm lacks the optimiser or the optimiser does not take an option.
     """
-    options = config.options
+    options: Mapping[str, Any] | None = config.options
     if options is None:
         options = DEFAULT_OPTIONS.get(config.name, {})
     layered = {} if config.layer_decay == 1.0 else {"layer_decay": config.layer_decay}

@@ -65,6 +65,9 @@ class ConstantSchedule(Settings):
 Schedule = Annotated[CosineSchedule | StepSchedule | ConstantSchedule, Field(discriminator="kind")]
 """How the learning rate falls after the warm-up."""
 
+OptimizerOption = Annotated[float, Field(ge=-1e6, le=1e6)]
+"""A number among the further arguments of an optimiser."""
+
 OPTIMIZER_UNSET: dict[str, Any] = {
     "layer_decay": 1.0,
     "schedule": CosineSchedule().model_dump(),
@@ -102,10 +105,11 @@ class OptimizerConfig(Section):
         le=1000,
         description="weight_decay * w is added to the gradient; TuNAS: l2(weight_decay / 2)",
     )
-    options: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] | None = Field(
+    options: dict[str, OptimizerOption | tuple[OptimizerOption, ...]] | None = Field(
         None,
         description=(
-            "further arguments of the optimiser; default for rmsproptf: alpha 0.9, eps 1 (TuNAS)"
+            "further arguments of the optimiser, numbers or lists of them, such as betas; default"
+            " for rmsproptf: alpha 0.9, eps 1 (TuNAS)"
         ),
     )
     warmup: float = Field(
