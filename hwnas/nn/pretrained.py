@@ -294,6 +294,8 @@ def load_timm_model(source: str, model: str | None, data: DataConfig, key: str) 
     the classes or channels differ; CheckpointError if the file is damaged.
     """
     path = pretrained_file(source, key)
+    if path.suffix == ".safetensors" and "supernet" in _metadata(path):
+        raise ConfigError(f"{key} = {source!r} is a super-net: name a trained network.")
     name = timm_model_of(source, model, path)
     if name is None:
         raise ConfigError(

@@ -179,6 +179,12 @@ def test_a_file_without_the_name_of_its_model_is_refused(tmp_path: Path) -> None
         teacher_of(tmp_path / "a.pth", COLOUR, model="mnasnet_small")
 
 
+def test_a_super_net_is_no_teacher(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "supernet.safetensors", {"supernet": "{}"})
+    with pytest.raises(ConfigError, match=r"train\.teacher = .* is a super-net: name a trained"):
+        teacher_of(tmp_path / "supernet.safetensors", COLOUR)
+
+
 @pytest.mark.parametrize("changes", [{"classes": 7}, {"channels": 1, "mean": [0.4], "std": [0.2]}])
 def test_a_timm_model_of_other_classes_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     timm_model("mobilenetv3_small_050", tmp_path / "a.pth", num_classes=10)
