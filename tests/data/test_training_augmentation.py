@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.data import create_transform
 from torchvision.transforms import v2
 
 from hwnas.config import AugmentationConfig, DataConfig, Experiment
-from hwnas.data.images import _Stream, load_images, training_batches
+from hwnas.data.images import Batch, Images, Request, load_images, training_batches
 from hwnas.data.training_augmentation import Mixing, TrainingAugmentation, cut_out, seeded
 from hwnas.errors import ConfigError
 
@@ -176,14 +177,26 @@ def test_a_batch_has_each_image_several_times(repeats: int) -> None:
     assert torch.equal(torch.stack(seen), once)
 
 
+class Echo(Images):
+    """Six images; a batch is what was asked for."""
+
+    labels = np.zeros(6, dtype=np.int64)
+
+    def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        asked = torch.tensor(requests)
+        return asked, asked
+
+
 def test_no_image_is_left_out_of_repeated_augmentation() -> None:
-    requests = [pair for batch in _Stream(6, 4, 5, range(6), repeats=2) for pair in batch]
+    stream = training_batches(Echo(), 4, seed=5, steps=range(6), repeats=2)
+    requests = torch.cat([asked for asked, _ in stream]).tolist()
     indices = [index for index, _ in requests]
     for begin in (0, 12):
         assert indices[begin : begin + 12 : 2] == indices[begin + 1 : begin + 12 : 2]
         assert sorted(indices[begin : begin + 12 : 2]) == [0, 1, 2, 3, 4, 5]
     # two copies of one image of a step have different seeds
-    assert all(len(set(requests[i : i + 2])) == 2 for i in range(0, 24, 2))
+    draws = [draw for _, draw in requests]
+    assert all(draws[i] != draws[i + 1] for i in range(0, 24, 2))
 
 
 def test_no_erasing_without_its_probability() -> None:
