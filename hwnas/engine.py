@@ -24,6 +24,7 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def make_optimizer(
     weight decay. Raises ConfigError, which names the ``section`` of the configuration,
     if timm lacks the optimiser or the optimiser does not take an option.
     """
-    options = config.options
+    options: Mapping[str, Any] | None = config.options
     if options is None:
         options = DEFAULT_OPTIONS.get(config.name, {})
     layered = {} if config.layer_decay == 1.0 else {"layer_decay": config.layer_decay}
@@ -170,13 +171,62 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss, and the accuracy on the batch (``train_accuracy``)."""
-        if y.dim() == 1:
-            labels = y
-            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        else:
-            labels = y.argmax(1)
-            loss = F.cross_entropy(logits, y)
-        return loss, {"train_accuracy": (logits.detach().argmax(1) == labels).float().mean()}
+        # targets that are probabilities have been smoothed where they were mixed
+        label_smoothing = self.label_smoothing if y.dim() == 1 else 0.0
+        loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+        return loss, {"train_accuracy": _accuracy(logits, y)}
+
+
+class BinaryCrossEntropy(nn.Module):
+    """The other criterion of classifiers, timm's: for each class on its own whether the
+    image shows it, averaged over images and classes. Targets are as for ``CrossEntropy``.
+
+    Source: Wightman et al., "ResNet strikes back", arXiv 2110.00476.
+
+    *Difference from the paper*: mixed targets stay probabilities; the paper makes 1 of all
+    that are not 0 (``target_threshold`` in timm).
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.loss = TimmBinaryCrossEntropy(smoothing=label_smoothing)
+
+    def forward(self, logits: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss, and the accuracy on the batch (``train_accuracy``)."""
+        # timm's smoothed targets have the precision of the logits, bfloat16 on a GPU
+        return self.loss(logits.float(), y), {"train_accuracy": _accuracy(logits, y)}
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """The fraction of images whose highest logit [N, classes] is their label [N], or their
+    most probable class [N, classes].
+    """
+    labels = y if y.dim() == 1 else y.argmax(1)
+    return (logits.detach().argmax(1) == labels).float().mean()
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much a teacher's probabilities count beside the targets.
+
+    With the loss L of the targets, the share s and the temperature T, the loss becomes
+
+        2 ((1 - s) L + s T^2 CE(softmax(teacher / T), student / T))
+
+    where T^2 keeps the gradient's size (Hinton et al., arXiv 1503.02531). The factor 2
+    makes the default the plain sum of two cross-entropies.
+    """
+
+    share: float = 0.5
+    temperature: float = 1.0
+
+    def __call__(self, loss: Tensor, logits: Tensor, soft_labels: Tensor) -> Tensor:
+        """The loss from that of the targets, logits [N, classes], and the probabilities
+        [N, classes] that the teacher gives at this temperature.
+        """
+        soft_loss = F.cross_entropy(logits / self.temperature, soft_labels)
+        soft_weight = 2 * self.share * self.temperature**2
+        return 2 * (1 - self.share) * loss + soft_weight * soft_loss
 
 
 @dataclass(frozen=True)
@@ -184,9 +234,8 @@ class Microbatch:
     """One forward and backward pass of an update.
 
     ``x_NCHW`` are images, ``y`` their targets and ``forward_args`` the model's arguments
-    after the images. ``soft_labels`` [N, classes] are a teacher's probabilities; their
-    cross-entropy with the model's logits is added to the loss. ``weight`` multiplies
-    the gradient of the pass.
+    after the images. ``soft_labels`` [N, classes] are a teacher's probabilities, which the
+    model learns as ``distillation`` says. ``weight`` multiplies the gradient of the pass.
     """
 
     x_NCHW: Tensor
@@ -194,6 +243,7 @@ class Microbatch:
     forward_args: tuple[Any, ...] = ()
     soft_labels: Tensor | None = None
     weight: float = 1.0
+    distillation: Distillation = Distillation()
 
 
 def best_device() -> torch.device:
@@ -330,7 +380,7 @@ class Engine:
             outputs = self.model(x_NCHW, *part.forward_args)
             loss, logged = self.criterion(outputs, y)
             if part.soft_labels is not None:
-                loss = loss + F.cross_entropy(outputs, part.soft_labels)
+                loss = part.distillation(loss, outputs, part.soft_labels)
         value = self.check_finite(loss)
         (loss * part.weight).backward()  # type: ignore[no-untyped-call]
         scalars = {name: float(scalar.detach()) for name, scalar in logged.items()}

@@ -7,10 +7,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from hwnas.config import Experiment, Plugin, load_experiment
 from hwnas.core.objective import AbsoluteObjective, MnasObjective, PenalisedObjective
 from hwnas.devices.device import known_devices
+from hwnas.engine import make_optimizer
 from hwnas.errors import ConfigError
 from hwnas.experiments import experiment_space
 from hwnas.resources import resource_path
@@ -297,6 +299,19 @@ def test_naming_an_optimizer_brings_its_own_defaults() -> None:
     ).search.optimizer
     assert (named.name, named.lr, named.weight_decay, named.warmup) == ("adamw", 0.024, 0.02, 0.5)
     assert load_experiment(None, ["train.optimizer={name = 'sgd'}"]).train.optimizer.lr == 0.165
+
+
+def test_an_optimizers_options_are_numbers_or_lists_of_them() -> None:
+    setting = "train.optimizer={name = 'adamw', options = {betas = [0.6, 0.99], eps = 1e-6}}"
+    experiment = load_experiment(None, [setting])
+    assert experiment.train.optimizer.options == {"betas": (0.6, 0.99), "eps": 1e-6}
+    assert (
+        Experiment.model_validate(experiment.model_dump(mode="json", by_alias=True)) == experiment
+    )
+    optimizer = make_optimizer(nn.Linear(2, 2), experiment.train.optimizer, 0.1)
+    assert all(group["betas"] == (0.6, 0.99) for group in optimizer.param_groups)
+    with pytest.raises(ConfigError, match="options"):
+        load_experiment(None, ["train.optimizer.options={betas = [0.6, 'x']}"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.config import Experiment, SupernetConfig, load_experiment
+from hwnas.config import Experiment, ProgressiveConfig, SupernetConfig, load_experiment
 from hwnas.core.published import resolve_arch
 from hwnas.estimate import plan, searching, training
 from hwnas.estimate.context import Context
@@ -198,6 +198,25 @@ def test_twice_the_epochs_are_twice_the_steps(tiny: Experiment) -> None:
         )
         assert second.count == pytest.approx(2 * first.count, abs=1)
         assert second.seconds == second.count * second.each
+
+
+def test_every_stage_of_a_rising_resolution_is_timed(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes: list[int] = []
+
+    def recording(x_NCHW: torch.Tensor, size: int) -> torch.Tensor:
+        sizes.append(size)
+        return x_NCHW
+
+    monkeypatch.setattr("hwnas.train.training.resized", recording)
+    progressive = ProgressiveConfig(start=0.5, stages=2)
+    train = tiny.train.model_copy(update={"progressive": progressive})
+    experiment = tiny.model_copy(update={"train": train})
+    context = Context(experiment, experiment_space(tiny), tmp_path, Stopwatch(0.2))
+    estimate = training.of_training(context)
+    assert set(sizes) == {4, 8}
+    assert estimate.parts[0].seconds > 0
 
 
 @pytest.mark.slow

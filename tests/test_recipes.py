@@ -9,6 +9,8 @@ import pytest
 
 from hwnas.config import Experiment, load_experiment
 from hwnas.config.experiment import recipe_names
+from hwnas.data.training_augmentation import TrainingAugmentation
+from hwnas.engine import check_optimizer, lr_factor
 from hwnas.errors import ConfigError
 from hwnas.progress import Progress
 from hwnas.resources import resource_path
@@ -26,13 +28,75 @@ def experiment(folder: Path, text: str, *overrides: str) -> Experiment:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_all_its_settings_count(name: str, tmp_path: Path) -> None:
-    loaded = experiment(tmp_path, f'recipe = "{name}"\n', "train.pretrained=a.pth")
+    loaded = experiment(tmp_path, f'recipe = "{name}"\n')
     for verb in ("search", "train"):
         check_used(loaded, verb, [], Refusing())
     strategy = loaded.search.strategy
     strategy.options(STRATEGIES.get(strategy.name).Config)
     text = (resource_path("configs/recipes") / f"{name}.toml").read_text()
     assert text.startswith("#") and ("arXiv" in text or "Our choice" in text)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_optimizers_and_policies_of_recipes_can_be_made(name: str, tmp_path: Path) -> None:
+    loaded = experiment(tmp_path, f'recipe = "{name}"\n')
+    for section, table in (("search", loaded.search), ("train", loaded.train)):
+        check_optimizer(table.optimizer, f"{section}.optimizer")
+    TrainingAugmentation(loaded.train.augmentation, loaded.data)
+
+
+def test_the_documentation_lists_every_recipe() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    table = "\n".join(line.split("|")[1] for line in rows)
+    for name in recipe_names():
+        assert f"`{name}`" in table
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "lr", "batch_size", "epochs"),
+    [
+        ("mobilenetv3", "train", 0.064, 1024, 600),
+        ("timm-ra4", "train", 0.001, 1024, 2400),
+        ("proxylessnas", "search", 0.025, 256, 160),
+        ("proxylessnas", "train", 0.05, 256, 300),
+        ("spos", "search", 0.5, 1024, 125),
+        ("spos", "train", 0.5, 1024, 240),
+        ("fairnas", "search", 0.5, 1024, 100 / 6),
+        ("fairnas", "train", 0.5, 1024, 240),
+        ("once-for-all", "search", 0.03, 64, 590),
+        ("darts", "search", 0.025, 64, 50),
+        ("darts", "train", 0.025, 96, 600),
+        ("pdarts", "search", 0.025, 96, 75),
+        ("pdarts", "train", 0.025, 128, 600),
+    ],
+)
+def test_rates_are_those_of_the_papers_at_their_batches(
+    name: str, section: str, lr: float, batch_size: int, epochs: float, tmp_path: Path
+) -> None:
+    loaded = experiment(tmp_path, f'recipe = "{name}"\n')
+    table: Any = getattr(loaded, section)
+    assert table.optimizer.lr * batch_size / 256 == pytest.approx(lr, rel=1e-3)
+    assert table.epochs == pytest.approx(epochs, rel=5e-3)
+
+
+def test_mobilenetv3s_rate_falls_every_two_epochs(tmp_path: Path) -> None:
+    train = experiment(tmp_path, 'recipe = "mobilenetv3"\n').train
+    steps_per_epoch = 10
+    steps = int(train.epochs) * steps_per_epoch
+    for epoch in (0, 1, 2, 3, 5, 300, 599):
+        step = epoch * steps_per_epoch + 4
+        factor = lr_factor(step, steps, train.optimizer.warmup, train.optimizer.schedule)
+        assert factor == pytest.approx(0.973 ** (epoch // 2))
+
+
+@pytest.mark.parametrize(("name", "drop_path"), [("darts", 0.2), ("pdarts", 0.3)])
+def test_darts_trains_with_cutout_and_drop_path(
+    name: str, drop_path: float, tmp_path: Path
+) -> None:
+    train = experiment(tmp_path, f'recipe = "{name}"\n').train
+    assert (train.augmentation.cutout, train.augmentation.erasing) == (16, 0.0)
+    assert train.drop_path == drop_path
 
 
 class Refusing(Progress):

@@ -94,6 +94,8 @@ def test_the_commands_in_the_readme_have_no_unused_settings() -> None:
         (["search.optimizer.name=adamw", "search.optimizer.momentum=0.8"], "search", "momentum = 0.8 has no effect: .*'adamw' takes no"),
         (["train.optimizer.name=adamw", "train.optimizer.momentum=0.8"], "train", "momentum = 0.8 has no effect: .*'adamw' takes no"),
         (["train.optimizer.inactive_weights=decay"], "train", "inactive_weights = 'decay' has no effect: training uses every weight"),
+        (["train.teacher_share=0.9"], "train", "train.teacher_share = 0.9 has no effect: no teacher is configured; set train.teacher"),
+        (["train.progressive.stages=3"], "train", "train.progressive.stages = 3 has no effect: train.progressive.start = 1 has the full"),
         ([*COCO, "train.dropout=0.1"], "train", "train.dropout = 0.1 has no effect: task = 'detect'"),
         ([*COCO, "train.label_smoothing=0.1"], "train", "train.label_smoothing = 0.1 has no effect: task = 'detect'"),
         ([*COCO, "search.label_smoothing=0.1"], "search", "search.label_smoothing = 0.1 has no effect: task = 'detect'"),

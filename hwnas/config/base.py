@@ -52,12 +52,12 @@ def without_defaults(content: dict[str, Any], unset: Mapping[str, Any]) -> dict[
     return {key: value for key, value in content.items() if key not in unset or value != unset[key]}
 
 
-def check_pretrained_model(section: str, source: str | None, model: str | None) -> None:
-    """Raise ValueError if a model is named without the file that is of it."""
+def check_model_of_file(key: str, source: str | None, model: str | None) -> None:
+    """Raise ValueError if ``{key}_model`` names a model and ``key`` no file that is of it."""
     if model is not None and source is None:
         raise ValueError(
-            f"{section}.pretrained_model = {model!r} needs {section}.pretrained, which is not set;"
-            f" set that to the file, or to {model!r}"
+            f"{key}_model = {model!r} needs {key}, which is not set; set that to the file, or to"
+            f" {model!r}"
         )
 
 

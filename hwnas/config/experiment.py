@@ -124,10 +124,20 @@ class Experiment(Section):
             raise ValueError(
                 "train.teacher teaches classifiers; remove it, or set task = 'classify'"
             )
+        if self.task != "classify" and self.train.loss != "cross_entropy":
+            raise ValueError(
+                f"train.loss = {self.train.loss!r} is for image labels, and task = {self.task!r}"
+                " has a loss of its own; remove it, or set task = 'classify'"
+            )
         if detects and self.train.augmentation != AugmentationConfig():
             raise ValueError(
                 "train.augmentation is for classifiers; remove it, and choose data.augment = 'ssd'"
                 " or 'ssdlite' for a detector"
+            )
+        if detects and self.train.progressive.start < 1:
+            raise ValueError(
+                f"train.progressive.start = {self.train.progressive.start:g} is for classifiers;"
+                " remove it, or set task = 'classify'"
             )
         if detects and self.export.softmax:
             raise ValueError(

@@ -18,7 +18,7 @@ from hwnas.config.base import (
     Images,
     Plugin,
     Section,
-    check_pretrained_model,
+    check_model_of_file,
     with_defaults,
     without_defaults,
 )
@@ -65,6 +65,9 @@ class ConstantSchedule(Settings):
 Schedule = Annotated[CosineSchedule | StepSchedule | ConstantSchedule, Field(discriminator="kind")]
 """How the learning rate falls after the warm-up."""
 
+OptimizerOption = Annotated[float, Field(ge=-1e6, le=1e6)]
+"""A number among the further arguments of an optimiser."""
+
 OPTIMIZER_UNSET: dict[str, Any] = {
     "layer_decay": 1.0,
     "schedule": CosineSchedule().model_dump(),
@@ -102,10 +105,11 @@ class OptimizerConfig(Section):
         le=1000,
         description="weight_decay * w is added to the gradient; TuNAS: l2(weight_decay / 2)",
     )
-    options: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] | None = Field(
+    options: dict[str, OptimizerOption | tuple[OptimizerOption, ...]] | None = Field(
         None,
         description=(
-            "further arguments of the optimiser; default for rmsproptf: alpha 0.9, eps 1 (TuNAS)"
+            "further arguments of the optimiser, numbers or lists of them, such as betas; default"
+            " for rmsproptf: alpha 0.9, eps 1 (TuNAS)"
         ),
     )
     warmup: float = Field(
@@ -467,5 +471,5 @@ class SearchConfig(Section):
                 f"search.{initial[0]} and search.{initial[1]} both set the initial weights of the"
                 " super-net; remove one of them"
             )
-        check_pretrained_model("search", self.pretrained, self.pretrained_model)
+        check_model_of_file("search.pretrained", self.pretrained, self.pretrained_model)
         return self

@@ -24,7 +24,7 @@ from hwnas.config.base import (
     Rounds,
     Section,
     Weight,
-    check_pretrained_model,
+    check_model_of_file,
     with_defaults,
     without_defaults,
 )
@@ -477,6 +477,32 @@ class AugmentationConfig(Section):
         le=100,
         description="alpha of CutMix, which pastes a rectangle of another image; 0: none",
     )
+    cutout: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description=(
+            "side in pixels of a square, anywhere in the image, that gets the mean colour; below"
+            " the resolution; 0: none"
+        ),
+    )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description=(
+            "how many times each image is in an update, augmented differently each time; a divisor"
+            " of the batch size"
+        ),
+    )
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit keys that are not set: the hash of training runs from before these keys
+        existed must not change.
+        """
+        content: dict[str, Any] = handler(self)
+        return without_defaults(content, {"cutout": 0, "repeats": 1})
 
     @property
     def mixes(self) -> bool:
@@ -484,15 +510,39 @@ class AugmentationConfig(Section):
         return self.mixup > 0 or self.cutmix > 0
 
 
+class ProgressiveConfig(Section):
+    """How the resolution rises during the training of a classifier; see
+    hwnas/train/progressive.py.
+    """
+
+    start: float = Field(
+        1.0,
+        ge=0.1,
+        le=1,
+        description=(
+            "size of the images in the first stage, as a fraction of the network's input; 1: images"
+            " have the full size from the start"
+        ),
+    )
+    stages: int = Field(
+        4, ge=2, le=100, description="stages of equal length, the last one at the full size"
+    )
+
+
 TRAIN_UNSET: dict[str, Any] = {
     "validate_every": None,
     "pretrained": None,
     "pretrained_model": None,
     "teacher": None,
+    "teacher_model": None,
+    "teacher_share": 0.5,
+    "teacher_temperature": 1.0,
+    "loss": "cross_entropy",
     "drop_path": 0.0,
     "freeze": 0.0,
     "freeze_bn": False,
     "augmentation": AugmentationConfig().model_dump(),
+    "progressive": ProgressiveConfig().model_dump(),
 }
 """Keys of ``train`` that are left out of documents at these values, their defaults."""
 
@@ -533,9 +583,31 @@ class TrainConfig(Section):
     )
     teacher: str | None = Field(
         None,
+        min_length=1,
         description=(
-            "folder of a trained classifier of the same classes, whose probabilities this network"
-            " learns as well (distillation)"
+            "a trained classifier of the same classes, whose probabilities this network learns as"
+            " well (distillation): the folder of an earlier run, a file (.pth, .safetensors), or"
+            " the name of a timm model whose weights are in its cache"
+        ),
+    )
+    teacher_model: str | None = Field(
+        None, description="the timm model that the file of train.teacher belongs to"
+    )
+    teacher_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description=(
+            "weight of the teacher's probabilities in the loss, against 1 - it of the labels"
+        ),
+    )
+    teacher_temperature: float = Field(
+        1.0,
+        ge=0.1,
+        le=100,
+        description=(
+            "divisor of the logits of both networks where this one learns from its teacher: the"
+            " higher, the more the less probable classes count"
         ),
     )
     freeze: float = Field(
@@ -566,8 +638,16 @@ class TrainConfig(Section):
             " MobileDet: 0.03"
         ),
     )
+    loss: Literal["cross_entropy", "bce"] = Field(
+        "cross_entropy",
+        description=(
+            "loss of a classifier. cross_entropy: of the softmax over all classes; bce: the mean of"
+            " the binary cross-entropies of the classes (timm's)"
+        ),
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing of a classifier")
     augmentation: AugmentationConfig = AugmentationConfig()
+    progressive: ProgressiveConfig = ProgressiveConfig()
     dropout: float = Field(
         0.0,
         ge=0,
@@ -582,7 +662,8 @@ class TrainConfig(Section):
         lt=1,
         description=(
             "probability that an image loses the branch of the last residual block in training; it"
-            " rises linearly over the blocks (stochastic depth)"
+            " rises linearly over the blocks (stochastic depth). In networks of cells: that it"
+            " loses the op of an edge at the end of training, to which it rises linearly"
         ),
     )
     ema_decay: float = Field(
@@ -611,17 +692,24 @@ class TrainConfig(Section):
         return without_defaults(content, TRAIN_UNSET)
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
+    def _check_batch(self) -> Self:
         if self.augmentation.mixes and self.batch_size % 2:
             raise ValueError(
                 f"train.batch_size = {self.batch_size} is odd, and mixup and CutMix blend images in"
                 " pairs; choose an even number"
             )
+        repeats = self.augmentation.repeats
+        if self.batch_size % repeats:
+            raise ValueError(
+                f"train.batch_size = {self.batch_size} is not a multiple of"
+                f" train.augmentation.repeats = {repeats}; change one of them"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_pretrained(self) -> Self:
-        check_pretrained_model("train", self.pretrained, self.pretrained_model)
+        check_model_of_file("train.pretrained", self.pretrained, self.pretrained_model)
+        check_model_of_file("train.teacher", self.teacher, self.teacher_model)
         starts_anew = self.pretrained is None and self.backbone is None
         if starts_anew and self.weights == "scratch" and (self.freeze or self.freeze_bn):
             key = "train.freeze" if self.freeze else "train.freeze_bn"

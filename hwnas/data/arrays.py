@@ -76,7 +76,7 @@ class ArrayImages(Images):
         if self.augment == "none":
             x_NCHW = self.geometry.cut(x_NCHW)
         else:
-            # all requests of a batch have the same seed
+            # the first request of a batch has the seed of its step
             rng = np.random.default_rng(requests[0][1])
             x_NCHW = _shifted(x_NCHW, self.geometry, self.augment == "crop_flip", rng)
         further = self.training_augmentation

@@ -171,30 +171,49 @@ def read_instead(skipped: np.ndarray) -> np.ndarray:
 
 
 class _Stream:
-    """A batch sampler for the steps in ``steps``. One permutation per epoch after the
-    other is cut into batches.
+    """A batch sampler for the steps in ``steps``. One permutation of the ``size`` images
+    after the other is cut into batches, in which each image follows ``repeats`` times.
+
+    Repeated augmentation: Hoffer et al., "Augment your batch", arXiv 1901.09335.
+
+    *Differences from timm's* ``RepeatAugSampler``: that one gives the copies of an image to
+    different processes, and here they are in the same batch; it permutes the images anew
+    for every epoch of as many images as there are, of which only 1 in ``repeats`` are
+    different, and here each permutation is used up, so that no image is left out.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, steps: range) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, steps: range, repeats: int = 1
+    ) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.steps = steps
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[list[Request]]:
-        epoch = -1
+        round_number = -1
         order = np.empty(0, dtype=np.int64)
         for step in self.steps:
-            # the last number separates these draws from the permutations' (0)
-            draw = int(np.random.default_rng([self.seed, step, 1]).integers(2**62))
+            draws = [self._draw(step, copy) for copy in range(self.repeats)]
             batch = []
-            # a batch may cross the border between two epochs
+            # a batch may cross the border between two permutations
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.size)
-                batch.append((int(order[position % self.size]), draw))
+                place, copy = divmod(position, self.repeats)
+                if place // self.size != round_number:
+                    round_number = place // self.size
+                    rng = np.random.default_rng([self.seed, round_number, 0])
+                    order = rng.permutation(self.size)
+                batch.append((int(order[place % self.size]), draws[copy]))
             yield batch
+
+    def _draw(self, step: int, copy: int) -> int:
+        """The seed of the augmentation of a step's images, or of their further copies."""
+        # the third number separates these draws from the permutations' (0)
+        numbers = [self.seed, step, 1]
+        if copy:
+            numbers.append(copy)
+        return int(np.random.default_rng(numbers).integers(2**62))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -270,9 +289,12 @@ def training_batches(
     seed: int,
     steps: range,
     workers: int = 0,
+    repeats: int = 1,
 ) -> Iterator[Batch]:
-    """The shuffled batches of ``steps``. A batch depends only on the seed and its step."""
-    return _load(images, _Stream(len(images), batch_size, seed, steps), workers)
+    """The shuffled batches of ``steps``. A batch depends only on the seed and its step. It
+    has each image ``repeats`` times, a divisor of ``batch_size``, augmented differently.
+    """
+    return _load(images, _Stream(len(images), batch_size, seed, steps, repeats), workers)
 
 
 def evaluation_order(images: Images, limit: int | None = None) -> np.ndarray:

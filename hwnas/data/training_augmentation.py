@@ -9,7 +9,7 @@ Sources: RandAugment (arXiv 1909.13719), AutoAugment (1805.09501) and TrivialAug
 (2103.10158) are torchvision's with its defaults, strings such as
 ``rand-m9-mstd0.5-inc1`` timm's; random erasing (1708.04896) is timm's with random
 pixels; mixup (1710.09412) and CutMix (1905.04899) are timm's, one of the two for each
-batch.
+batch; cutout (1708.04552) is that of DARTS's code, which neither library has.
 """
 
 from __future__ import annotations
@@ -78,10 +78,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 class TrainingAugmentation:
     """Changes the images of ``data`` as ``config`` says. Raises ConfigError if the policy
-    is unknown.
+    is unknown, or if cutout could cover a whole image.
     """
 
     def __init__(self, config: AugmentationConfig, data: DataConfig) -> None:
+        if config.cutout >= data.resolution:
+            raise ConfigError(
+                f"train.augmentation.cutout = {config.cutout} can cover a whole image of"
+                f" {data.resolution} pixels: choose a smaller side, for instance half of that."
+            )
+        self.cutout = config.cutout
         self.policy = _policy(config.auto, data)
         self.erasing = RandomErasing(
             probability=config.erasing, mode="pixel", max_count=1, device="cpu"
@@ -96,10 +102,14 @@ class TrainingAugmentation:
         return changed
 
     def erased(self, x_CHW: Tensor, seed: int) -> Tensor:
-        """A normalised image of which a rectangle may have become noise."""
+        """A normalised image of which a rectangle may have become noise, and a square 0,
+        the mean colour. It is changed in place.
+        """
         # another seed than the picture's, so that the two do not go together
         with seeded(seed + 1):
             erased: Tensor = self.erasing(x_CHW)
+        if self.cutout:
+            cut_out(erased, self.cutout, np.random.default_rng([seed, 3]))
         return erased
 
     def pictures(self, pixels_NCHW: Tensor, seeds: list[int]) -> Tensor:
@@ -111,6 +121,18 @@ class TrainingAugmentation:
             image = v2.functional.to_pil_image(pixels_CHW)
             changed.append(v2.functional.pil_to_tensor(self.picture(image, seed)))
         return torch.stack(changed)
+
+
+def cut_out(x_CHW: Tensor, side: int, rng: np.random.Generator) -> None:
+    """Set a square of ``side`` pixels to 0, in place. Its centre is anywhere in the image,
+    and what lies beyond the edge is cut off, as in DARTS's code.
+
+    *Difference from the code*: an odd side is not rounded down to an even one.
+    """
+    height, width = x_CHW.shape[-2:]
+    top = int(rng.integers(height)) - side // 2
+    left = int(rng.integers(width)) - side // 2
+    x_CHW[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = 0
 
 
 def _policy(name: str, data: DataConfig) -> Any:

@@ -4,8 +4,11 @@ that the search may find.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 from hwnas.estimate.context import Context
-from hwnas.estimate.parts import Part, TimeEstimate, peak_memory
+from hwnas.estimate.parts import Part, Stopwatch, TimeEstimate, peak_memory
 from hwnas.estimate.searching import checkpoints
 from hwnas.nn.network import Network
 from hwnas.runs import StageContext
@@ -15,9 +18,26 @@ from hwnas.train import training
 STEPS = 0.15
 """Fraction of the stopwatch's seconds for timing training steps."""
 MOST_STEPS = 12
-"""Most training steps that are timed."""
+"""Most training steps that are timed at one resolution."""
 TESTED = 64
 """Most test images that are timed."""
+
+
+def _seconds_per_step(run: training.TrainingRun, watch: Stopwatch) -> float:
+    """Mean seconds of a step, over all stages of a resolution that rises."""
+    engine = run.engine
+
+    def timed(number: int) -> None:
+        engine.step = number
+        run.step(number)
+
+    begins = (0,) if run.progression is None else run.progression.begins
+    seconds = 0.0
+    for begin, end in pairwise((*begins, engine.steps)):
+        numbers = range(begin, min(end, begin + MOST_STEPS))
+        calls = [partial(timed, number) for number in numbers]
+        seconds += (end - begin) * watch.mean(calls, STEPS / len(begins))
+    return seconds / engine.steps
 
 
 def of_training(ctx: Context) -> TimeEstimate:
@@ -32,13 +52,7 @@ def of_training(ctx: Context) -> TimeEstimate:
     experiment = ctx.experiment.model_copy(update={"train": train})
     run = training.begin(StageContext(experiment, folder, folder), arch)
     engine = run.engine
-
-    def step() -> None:
-        run.step(engine.step)
-        engine.step += 1
-
-    per_step = watch.mean([step] * min(MOST_STEPS, engine.steps), STEPS)
-    steps = Part("training", engine.steps, per_step)
+    steps = Part("training", engine.steps, _seconds_per_step(run, watch))
     saving, checkpoint_bytes = checkpoints(engine, steps, experiment.checkpoint_seconds, watch)
 
     ctx.test_images = len(run.test)

@@ -23,6 +23,11 @@ class ClassificationNetwork(Freezable):
         torch.Size([1, 1000])
     """
 
+    drop_path: float = 0.0
+    """In a graph of cells: the probability that an image loses the op of an edge in
+    training. See ``hwnas.nn.graph.edge_points``.
+    """
+
     def __init__(
         self, arch: Architecture, *, dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> None:
@@ -50,7 +55,15 @@ class ClassificationNetwork(Freezable):
         """Images [N, channels, size, size] -> logits [N, classes]."""
         if self.arch.graph:
             last = len(self.arch.graph)
-            [logits_NK] = run_graph(self.arch.graph, self.blocks, [x_NCHW], [last])
+            drop_path = self.drop_path if self.training else 0.0
+            [logits_NK] = run_graph(
+                self.arch.graph,
+                self.blocks,
+                [x_NCHW],
+                [last],
+                side=self.arch.resolution,
+                drop_path=drop_path,
+            )
             return logits_NK
         logits: Tensor = self.blocks(x_NCHW)
         return logits

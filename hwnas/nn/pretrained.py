@@ -249,7 +249,7 @@ def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
         return Pretrained(seeds, title, network.arch.bn_eps)
 
     state = _read_tensors(path)
-    model = model or _named_model(source, path)
+    model = timm_model_of(source, model, path)
     bn_eps = None
     normalisation = None
     strides: Mapping[str, int] = {}
@@ -281,6 +281,46 @@ def read_pretrained(source: str, model: str | None, key: str) -> Pretrained:
     return Pretrained(blocks_of_file, source, bn_eps, normalisation)
 
 
+def is_own_network(path: Path) -> bool:
+    """Whether hwnas wrote a file of weights, with the architecture in it."""
+    return path.suffix == ".safetensors" and "architecture" in _metadata(path)
+
+
+def load_timm_model(source: str, model: str | None, data: DataConfig, key: str) -> nn.Module:
+    """timm's whole model for ``data`` with the weights of ``pretrained_file``. ``model`` is
+    its name, if a file does not say it.
+
+    Raises ConfigError if the model is unknown, or another one than that of the file, or if
+    the classes or channels differ; CheckpointError if the file is damaged.
+    """
+    path = pretrained_file(source, key)
+    if path.suffix == ".safetensors" and "supernet" in _metadata(path):
+        raise ConfigError(f"{key} = {source!r} is a super-net: name a trained network.")
+    name = timm_model_of(source, model, path)
+    if name is None:
+        raise ConfigError(
+            f"{key} = {source!r} does not say which network it is: set {key}_model to the timm"
+            " model that the weights belong to."
+        )
+    state = _read_tensors(path)
+    options = {"num_classes": data.classes, "in_chans": data.channels}
+    expected = _model_of(state, name, f"{key}_model", options).state_dict()
+    for layer, tensor in expected.items():
+        if layer in state and state[layer].shape != tensor.shape:
+            raise ConfigError(
+                f"{key} = {source!r} does not fit {name!r} for {data.classes} classes and"
+                f" {data.channels} channels ({layer} is {list(state[layer].shape)}, not"
+                f" {list(tensor.shape)}): name a network that was trained on the same classes."
+            )
+    # initial weights, which are replaced, are drawn from the global generator
+    with torch.random.fork_rng(devices=[]):
+        network: nn.Module = timm.create_model(name, **options)
+    known = {layer: tensor for layer, tensor in state.items() if layer in expected}
+    # files may lack the numbers of batches that BNs have seen
+    network.load_state_dict(known, strict=False)
+    return network
+
+
 def _metadata(path: Path) -> Mapping[str, str]:
     """What a safetensors file says about itself."""
     try:
@@ -297,10 +337,12 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _named_model(source: str, path: Path) -> str | None:
-    """The name of timm's model, if it is the source itself or stands in a ``config.json``
-    beside the file.
+def timm_model_of(source: str, model: str | None, path: Path) -> str | None:
+    """The name of timm's model: ``model``, the source itself, or what a ``config.json``
+    beside the file says; None if nothing does.
     """
+    if model is not None:
+        return model
     if timm.is_model(source):
         return source
     config = path.parent / "config.json"
@@ -348,14 +390,18 @@ def _check_chain(blocks: Sequence[SeedBlock]) -> None:
             )
 
 
-def _model_of(state: Mapping[str, Tensor], model: str, key: str) -> nn.Module:
-    """timm's model, without weights. Raises ConfigError if the tensors are another's."""
+def _model_of(
+    state: Mapping[str, Tensor], model: str, key: str, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """timm's model, created with ``options`` and without weights. Raises ConfigError if the
+    tensors are another's.
+    """
     if not timm.is_model(model):
         raise ConfigError(
             f"{key} = {model!r} is not a model of timm; {nearest(model, timm.list_models())}"
         )
     with torch.device("meta"):
-        network: nn.Module = timm.create_model(model)
+        network: nn.Module = timm.create_model(model, **(options or {}))
     names = [name for name in network.state_dict() if "num_batches" not in name]
     missing = [name for name in names if name not in state]
     if missing:
@@ -521,5 +567,5 @@ def pretrained_hashes(source: str, model: str | None, key: str) -> dict[str, str
     the model by which it is read.
     """
     path = pretrained_file(source, key)
-    named = model or _named_model(source, path) or "unknown"
+    named = timm_model_of(source, model, path) or "unknown"
     return {"pretrained": file_sha256(path), "pretrained model": named}

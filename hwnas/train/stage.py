@@ -62,7 +62,7 @@ class Train(Stage):
         if config.teacher is not None:
             from hwnas.train.teacher import Teacher
 
-            Teacher(config.teacher, experiment.data.classes, experiment.data.channels)
+            Teacher(config, experiment.data)
         if config.augmentation != AugmentationConfig():
             from hwnas.data.training_augmentation import TrainingAugmentation
 
@@ -121,7 +121,9 @@ class Train(Stage):
                     " proxy: set train.weights = 'scratch'."
                 )
         if config.teacher is not None:
-            files["teacher"] = file_sha256(trained_weights(config.teacher, "train.teacher"))
+            from hwnas.train.teacher import teacher_hashes
+
+            files |= teacher_hashes(config.teacher, config.teacher_model)
         if config.pretrained is not None:
             from hwnas.nn.pretrained import pretrained_hashes
 

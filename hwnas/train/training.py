@@ -5,25 +5,28 @@ result.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from hwnas.config import AugmentationConfig, TrainConfig
+from hwnas.config import AugmentationConfig, Experiment, TrainConfig
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Batch, Images, load_images, training_batches
 from hwnas.data.training_augmentation import Mixing, TrainingAugmentation
-from hwnas.engine import Engine, Metrics, Microbatch, steps_of
+from hwnas.engine import BinaryCrossEntropy, Criterion, Engine, Metrics, Microbatch, steps_of
 from hwnas.networks import data_for
 from hwnas.nn.blocks import set_drop_path
 from hwnas.nn.checkpoint import save_network
+from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.freezing import Freezable
 from hwnas.nn.network import Network, network_of
+from hwnas.nn.shared import resized
 from hwnas.runs import StageContext
 from hwnas.task import EvaluationSettings, evaluate, task_of
 from hwnas.train.initial_weights import load_initial_weights
+from hwnas.train.progressive import Progression, progression_of
 from hwnas.train.result import WEIGHTS, TrainResult
 from hwnas.train.teacher import Teacher
 from hwnas.train.validation import Validation
@@ -39,6 +42,11 @@ class TrainingRun:
     validation: Validation
     mixing: Mixing | None = None
     teacher: Teacher | None = None
+    progression: Progression | None = None
+    drop_path: float = 0.0
+    """The probability at the end that an image loses the op of an edge of a cell. It rises
+    from 0, as in DARTS's code.
+    """
     frozen_steps: int = 0
     """In how many steps, from the first, the backbone is not trained."""
     freezes_norms: bool = False
@@ -49,16 +57,24 @@ class TrainingRun:
         network = self.engine.model
         assert isinstance(network, Freezable)
         network.freeze(weights=number < self.frozen_steps, norms=self.freezes_norms)
+        if self.drop_path:
+            assert isinstance(network, ClassificationNetwork)
+            network.drop_path = self.drop_path * number / self.engine.steps
         # ``batches`` begins at the engine's step and moves along with it
         x_NCHW, y = next(self.batches)
         if self.mixing is not None:
             seed = int(np.random.default_rng([self.engine.seed, number, 2]).integers(2**62))
             x_NCHW, y = self.mixing(x_NCHW, y, seed)
-        if self.teacher is None:
-            return self.engine.train_step(x_NCHW, y)
         x_NCHW, y = self.engine.to_device(x_NCHW, y)
-        soft_labels = self.teacher.probabilities(x_NCHW)
-        return self.engine.optimizer_step([Microbatch(x_NCHW, y, soft_labels=soft_labels)])
+        size = None if self.progression is None else self.progression.size(number)
+        batch = Microbatch(resized(x_NCHW, size), y)
+        if self.teacher is not None:
+            batch = replace(
+                batch,
+                soft_labels=self.teacher.probabilities(x_NCHW),
+                distillation=self.teacher.distillation,
+            )
+        return self.engine.optimizer_step([batch])
 
 
 def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
@@ -77,7 +93,8 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     generator = torch.Generator().manual_seed(seed)
     network = network_of(arch, dropout=config.dropout, generator=generator)
     load_initial_weights(network, ctx)
-    set_drop_path(list(network.blocks), config.drop_path)
+    if not arch.graph:
+        set_drop_path(list(network.blocks), config.drop_path)
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = config.bn_momentum
@@ -89,7 +106,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         config.batch_size,
         seed,
         ctx.folder,
-        criterion=task_of(ctx.experiment).criterion(arch, config.label_smoothing),
+        criterion=_criterion(ctx.experiment, arch),
         ema_decay=config.ema_decay,
         checkpoint_seconds=ctx.experiment.checkpoint_seconds,
     )
@@ -99,11 +116,19 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     validation = Validation(ctx, engine, test, len(train) / config.batch_size)
     validation.resume()
     batches = training_batches(
-        train, config.batch_size, seed=seed, steps=range(engine.step, steps), workers=data.workers
+        train,
+        config.batch_size,
+        seed=seed,
+        steps=range(engine.step, steps),
+        workers=data.workers,
+        repeats=augmentation.repeats,
     )
     teacher = None
     if config.teacher is not None:
-        teacher = Teacher(config.teacher, data.classes, data.channels, engine.device)
+        teacher = Teacher(config, data, engine.device)
+    progression = None
+    if config.progressive.start < 1:
+        progression = progression_of(config.progressive, arch, steps)
     return TrainingRun(
         engine,
         test,
@@ -111,9 +136,19 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
         validation,
         mixing=mixing,
         teacher=teacher,
+        progression=progression,
+        drop_path=config.drop_path if arch.graph else 0.0,
         frozen_steps=round(config.freeze * steps),
         freezes_norms=config.freeze_bn,
     )
+
+
+def _criterion(experiment: Experiment, arch: Architecture) -> Criterion:
+    """The loss that ``train.loss`` names: by default that of the task."""
+    config = experiment.train
+    if config.loss == "bce":
+        return BinaryCrossEntropy(config.label_smoothing)
+    return task_of(experiment).criterion(arch, config.label_smoothing)
 
 
 def _initial_weights(config: TrainConfig) -> str:

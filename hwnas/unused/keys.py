@@ -248,6 +248,20 @@ NO_TRAIN_MOMENTUM = Case(
     verbs=("run", "train"),
     fix="remove it, or set its betas in train.optimizer.options",
 )
+NO_TEACHER = Case(
+    lambda situation: situation.experiment.train.teacher is None,
+    why="no teacher is configured",
+    by=("train.teacher",),
+    verbs=("run", "train"),
+    fix="set train.teacher, or remove it",
+)
+NOT_PROGRESSIVE = Case(
+    lambda situation: situation.experiment.train.progressive.start == 1,
+    why="train.progressive.start = 1 has the full resolution from the start",
+    by=("train.progressive.start",),
+    verbs=("run", "train"),
+    fix="set train.progressive.start below 1, or remove it",
+)
 ALL_WEIGHTS_USED = Case(
     _always,
     why="training uses every weight in every step",
@@ -514,6 +528,8 @@ KEYS: dict[str, tuple[Case, ...]] = {
             "train.pretrained",
             "train.pretrained_model",
             "train.teacher",
+            "train.teacher_model",
+            "train.loss",
             "train.drop_path",
             "train.freeze",
             "train.freeze_bn",
@@ -526,9 +542,15 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "train.optimizer.momentum": (NO_TRAIN_MOMENTUM,),
     "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),
     "train.bn_momentum": ALWAYS_READ,
+    **dict.fromkeys(("train.teacher_share", "train.teacher_temperature"), (NO_TEACHER,)),
     "train.label_smoothing": (DETECTS,),
     # refused for detectors
-    **{f"train.augmentation.{key}": ALWAYS_READ for key in ("auto", "erasing", "mixup", "cutmix")},
+    **{
+        f"train.augmentation.{key}": ALWAYS_READ
+        for key in ("auto", "erasing", "mixup", "cutmix", "cutout", "repeats")
+    },
+    "train.progressive.start": ALWAYS_READ,
+    "train.progressive.stages": (NOT_PROGRESSIVE,),
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS_READ,
     # DataConfig refuses contradictions.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from timm.data import create_transform
 from torchvision.transforms import v2
 
 from hwnas.config import AugmentationConfig, DataConfig, Experiment
-from hwnas.data.images import load_images, training_batches
-from hwnas.data.training_augmentation import Mixing, TrainingAugmentation, seeded
+from hwnas.data.images import Batch, Images, Request, load_images, training_batches
+from hwnas.data.training_augmentation import Mixing, TrainingAugmentation, cut_out, seeded
 from hwnas.errors import ConfigError
 
 COLOUR = DataConfig.model_validate(
@@ -108,6 +109,96 @@ def test_a_rectangle_becomes_noise() -> None:
     assert min(areas) > 0.01 and 0.2 < max(areas) < 0.36
 
 
+@pytest.mark.parametrize("side", [16, 5])
+def test_a_square_becomes_the_mean_colour(side: int) -> None:
+    """As in DARTS's code: the centre is anywhere, and what lies beyond the edge is cut off."""
+    ours = augmentation(cutout=side)
+    covered = torch.zeros(32, 32)
+    areas = set()
+    for seed in range(300):
+        cut = ours.erased(torch.ones(3, 32, 32), seed)
+        is_zero = (cut == 0).all(0)
+        assert torch.equal(cut, (~is_zero).float().expand(3, 32, 32))
+        rows, columns = is_zero.any(1), is_zero.any(0)
+        assert int(is_zero.sum()) == int(rows.sum() * columns.sum())
+        for line in (rows, columns):
+            # shorter only at an edge
+            assert int(line.sum()) == side or bool(line[0] or line[-1])
+            assert side // 2 <= int(line.sum()) <= side
+        areas.add(int(is_zero.sum()))
+        covered += is_zero
+    assert max(areas) == side**2 and min(areas) < 0.5 * side**2
+    assert bool(covered.any(0).all()) and bool(covered.any(1).all())
+
+
+def test_a_square_by_hand() -> None:
+    """DARTS: rows from the centre minus half the side, up to the centre plus half of it."""
+
+    class Centre:
+        def integers(self, size: int) -> int:
+            return {8: 1, 6: 4}[size]
+
+    x_CHW = torch.ones(1, 8, 6)
+    rng: Any = Centre()
+    cut_out(x_CHW, 4, rng)
+    expected = torch.ones(1, 8, 6)
+    expected[:, 0:3, 2:6] = 0
+    assert torch.equal(x_CHW, expected)
+
+
+def test_cutout_of_a_whole_image_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cutout = 32 can cover a whole image of 32 pixels"):
+        augmentation(cutout=32)
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_a_batch_has_each_image_several_times(repeats: int) -> None:
+    images = load_images(DIGITS, "all", augment=True)
+    images.training_augmentation = augmentation(DIGITS, auto="trivialaugment")
+    plain = load_images(DIGITS, "all")
+
+    def batches(steps: range) -> list[torch.Tensor]:
+        stream = training_batches(images, 12, seed=1, steps=steps, repeats=repeats)
+        return [x_NCHW for x_NCHW, _ in stream]
+
+    for x_NCHW in batches(range(2)):
+        for first in range(0, 12, repeats):
+            assert not torch.equal(x_NCHW[first], x_NCHW[first + 1])
+    # a batch depends on its step only
+    assert torch.equal(batches(range(3, 5))[1], batches(range(4, 5))[0])
+    seen = []
+    for x_NCHW, _ in training_batches(plain, 12, seed=1, steps=range(3), repeats=repeats):
+        for first in range(0, 12, repeats):
+            copies = x_NCHW[first : first + repeats]
+            assert torch.equal(copies, x_NCHW[first].expand_as(copies))
+            seen.append(x_NCHW[first])
+    # in the order in which they come without repetition
+    [once] = [x for x, _ in training_batches(plain, 36 // repeats, seed=1, steps=range(1))]
+    assert torch.equal(torch.stack(seen), once)
+
+
+class Echo(Images):
+    """Six images; a batch is what was asked for."""
+
+    labels = np.zeros(6, dtype=np.int64)
+
+    def __getitems__(self, requests: Sequence[Request]) -> Batch:
+        asked = torch.tensor(requests)
+        return asked, asked
+
+
+def test_no_image_is_left_out_of_repeated_augmentation() -> None:
+    stream = training_batches(Echo(), 4, seed=5, steps=range(6), repeats=2)
+    requests = torch.cat([asked for asked, _ in stream]).tolist()
+    indices = [index for index, _ in requests]
+    for begin in (0, 12):
+        assert indices[begin : begin + 12 : 2] == indices[begin + 1 : begin + 12 : 2]
+        assert sorted(indices[begin : begin + 12 : 2]) == [0, 1, 2, 3, 4, 5]
+    # two copies of one image of a step have different seeds
+    draws = [draw for _, draw in requests]
+    assert all(draws[i] != draws[i + 1] for i in range(0, 24, 2))
+
+
 def test_no_erasing_without_its_probability() -> None:
     x_CHW = torch.randn(3, 32, 32)
     assert torch.equal(augmentation(auto="randaugment").erased(x_CHW.clone(), 0), x_CHW)
@@ -197,6 +288,10 @@ def test_unknown_policies_are_refused(auto: str, words: str) -> None:
     [
         ({"train": {"batch_size": 33, "augmentation": {"mixup": 0.2}}}, "batch_size = 33 is odd"),
         (
+            {"train": {"batch_size": 32, "augmentation": {"repeats": 3}}},
+            r"batch_size = 32 is not a multiple of train\.augmentation\.repeats = 3",
+        ),
+        (
             {
                 "task": "detect",
                 "data": {"name": "coco"},
@@ -205,8 +300,15 @@ def test_unknown_policies_are_refused(auto: str, words: str) -> None:
             "train.augmentation is for classifiers",
         ),
     ],
-    ids=["odd batch", "detector"],
+    ids=["odd batch", "repeats", "detector"],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Experiment.model_validate({"data": {"name": "digits"}, **settings})
+
+
+def test_new_keys_are_not_part_of_a_document_at_their_defaults() -> None:
+    """The hash of a training with mixup from before they existed must not change."""
+    content = AugmentationConfig(mixup=0.2, cutout=0, repeats=1).model_dump()
+    assert content == {"auto": "none", "erasing": 0.0, "mixup": 0.2, "cutmix": 0.0}
+    assert AugmentationConfig(cutout=4, repeats=2).model_dump().keys() >= {"cutout", "repeats"}

@@ -20,6 +20,10 @@ SETTINGS = (
     "train.augmentation.erasing=0.3",
     "train.augmentation.mixup=0.2",
     "train.augmentation.cutmix=1.0",
+    "train.augmentation.cutout=3",
+    "train.augmentation.repeats=2",
+    "train.loss=bce",
+    "train.progressive={start=0.5, stages=2}",
     'train.optimizer.schedule={kind="cosine", final=0.05, cycles=2}',
 )
 
