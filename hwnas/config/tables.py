@@ -4,7 +4,7 @@ validate.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -98,6 +98,10 @@ class DeviceConfig(Section):
 
 Resize: TypeAlias = Literal["squash", "crop", "pad"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+BoxAugmentation: TypeAlias = Literal["ssd", "ssdlite", "jitter", "lsj"]
+
+BOX_AUGMENTATIONS: tuple[str, ...] = get_args(BoxAugmentation)
+"""The values of ``data.augment`` for images with boxes."""
 
 IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
 """Built-in data sets with one label per image. Plug-ins may be of either kind."""
@@ -161,12 +165,13 @@ class DataConfig(Section):
         (0.229, 0.224, 0.225),
         description="divisor per channel of images scaled to 0..1; default: as for mean",
     )
-    augment: Literal["none", "crop", "crop_flip", "imagenet", "ssd", "ssdlite"] = Field(
+    augment: Literal["none", "crop", "crop_flip", "imagenet"] | BoxAugmentation = Field(
         "crop_flip",
         description=(
             "augmentation of training images. none, crop, crop_flip: any images without boxes;"
-            " imagenet: for data.name = 'folder'; ssd, ssdlite: torchvision's presets for boxes,"
-            " the latter also MobileDet's; default: crop_flip, for coco ssdlite"
+            " imagenet: for data.name = 'folder'. For boxes: ssd, ssdlite: torchvision's presets,"
+            " the latter also MobileDet's; jitter: colours and a scale of 0.8 to 1.25; lsj: a scale"
+            " of 0.1 to 2 (large-scale jitter). Default: crop_flip, for coco ssdlite"
         ),
     )
     resize: Resize | None = Field(
@@ -255,7 +260,8 @@ class DataConfig(Section):
                 f"data.crop_fraction is for data.resize = 'crop', not {self.resize_mode!r}; remove"
                 " it, or choose 'crop'"
             )
-        if self.resize == "crop" and (self.name == "coco" or self.augment in ("ssd", "ssdlite")):
+        has_boxes = self.name == "coco" or self.augment in BOX_AUGMENTATIONS
+        if self.resize == "crop" and has_boxes:
             raise ValueError(
                 "data.resize = 'crop' would cut off objects at the edges; choose squash or pad for"
                 " boxes"
@@ -281,7 +287,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
-        augments_boxes = self.augment in ("ssd", "ssdlite")
+        augments_boxes = self.augment in BOX_AUGMENTATIONS
         if self.name in IMAGE_LABELS and augments_boxes:
             raise ValueError(
                 f"data.augment = {self.augment!r} is for boxes; choose crop, crop_flip or none for"
@@ -296,8 +302,8 @@ class DataConfig(Section):
             raise ValueError(f"data.classes = {self.classes}, but a classifier needs at least 2")
         if self.name == "coco" and not augments_boxes and self.augment != "none":
             raise ValueError(
-                f"data.augment = {self.augment!r} is for images without boxes; choose ssd, ssdlite"
-                " or none for 'coco'"
+                f"data.augment = {self.augment!r} is for images without boxes; choose"
+                f" {', '.join(BOX_AUGMENTATIONS)} or none for 'coco'"
             )
         return self
 
