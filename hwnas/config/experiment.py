@@ -14,6 +14,7 @@ from hwnas.config.old_keys import with_new_keys
 from hwnas.config.search import SearchConfig
 from hwnas.config.study import ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
+    BOX_AUGMENTATIONS,
     IMAGE_LABELS,
     AugmentationConfig,
     DataConfig,
@@ -124,10 +125,17 @@ class Experiment(Section):
             raise ValueError(
                 "train.teacher teaches classifiers; remove it, or set task = 'classify'"
             )
-        if detects and self.train.augmentation != AugmentationConfig():
+        augmentation = self.train.augmentation
+        if detects and augmentation.without_mosaic != AugmentationConfig():
             raise ValueError(
-                "train.augmentation is for classifiers; remove it, and choose data.augment = 'ssd'"
-                " or 'ssdlite' for a detector"
+                "train.augmentation is for classifiers, except for mosaic; remove the other keys,"
+                f" and choose data.augment = {' or '.join(map(repr, BOX_AUGMENTATIONS))} for a"
+                " detector"
+            )
+        if not detects and augmentation.mosaic > 0:
+            raise ValueError(
+                f"train.augmentation.mosaic = {augmentation.mosaic:g} is for detectors; remove it,"
+                " or choose train.augmentation.mixup or cutmix for a classifier"
             )
         if detects and self.export.softmax:
             raise ValueError(

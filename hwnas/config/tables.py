@@ -425,9 +425,15 @@ class DetectorConfig(Section):
     )
 
 
+MOSAIC_UNSET: dict[str, Any] = {"mosaic": 0.0, "mosaic_off": 0.1}
+"""Keys of ``train.augmentation`` that are left out of documents at these values, their
+defaults.
+"""
+
+
 class AugmentationConfig(Section):
-    """What training does to images beyond ``data.augment``. For classification; see
-    docs/training.md.
+    """What training does to images beyond ``data.augment``: a mosaic for detectors, the
+    other keys for classifiers. See docs/training.md.
     """
 
     auto: str = Field(
@@ -450,11 +456,36 @@ class AugmentationConfig(Section):
         le=100,
         description="alpha of CutMix, which pastes a rectangle of another image; 0: none",
     )
+    mosaic: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="detectors: probability that an image is put together with three others",
+    )
+    mosaic_off: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="fraction of the steps, the last ones, in which there are no mosaics",
+    )
+
+    @model_serializer(mode="wrap")
+    def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit keys that are not set: the hash of training runs from before these keys
+        existed must not change.
+        """
+        content: dict[str, Any] = handler(self)
+        return without_defaults(content, MOSAIC_UNSET)
 
     @property
     def mixes(self) -> bool:
         """Whether the images of a batch are blended."""
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def without_mosaic(self) -> AugmentationConfig:
+        """The same without mosaics: what is done to single images, and to pairs."""
+        return self.model_copy(update=MOSAIC_UNSET)
 
 
 TRAIN_UNSET: dict[str, Any] = {

@@ -243,6 +243,13 @@ ALL_WEIGHTS_USED = Case(
     by=(),
     fix="remove it; search.optimizer.inactive_weights is for super-nets",
 )
+NO_MOSAIC = Case(
+    lambda situation: situation.experiment.train.augmentation.mosaic == 0,
+    why="train.augmentation.mosaic = 0 makes no mosaics",
+    by=("train.augmentation.mosaic",),
+    verbs=("run", "train"),
+    fix="remove it, or set train.augmentation.mosaic",
+)
 # --- data, export, validation
 
 DIGITS_DATA = Case(
@@ -514,8 +521,12 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "train.optimizer.inactive_weights": (ALL_WEIGHTS_USED,),
     "train.bn_momentum": ALWAYS_READ,
     "train.label_smoothing": (DETECTS,),
-    # refused for detectors
-    **{f"train.augmentation.{key}": ALWAYS_READ for key in ("auto", "erasing", "mixup", "cutmix")},
+    # refused for detectors, and the mosaic for classifiers
+    **{
+        f"train.augmentation.{key}": ALWAYS_READ
+        for key in ("auto", "erasing", "mixup", "cutmix", "mosaic")
+    },
+    "train.augmentation.mosaic_off": (NO_MOSAIC,),
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS_READ,
     # DataConfig refuses contradictions.
