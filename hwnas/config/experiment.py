@@ -228,7 +228,9 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     except ValidationError as error:
         source = str(path)
         if not _has_error(file_content, error):
-            source = ", ".join(f"-s {shortened(text)}" for text in _causes(overrides, error))
+            causes = [f"-s {shortened(text)}" for text in _causes(overrides, error)]
+            # without any override, the file contradicts its recipe
+            source = ", ".join(causes) or f"recipe = {content.get('recipe')!r}"
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
 
 
