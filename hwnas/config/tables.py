@@ -407,7 +407,7 @@ class DetectorConfig(Section):
 
     The defaults are those of torchvision's SSDLite. Those of MobileDet are ``scores =
     "sigmoid"`` and ``post_processing = {min_score = 1e-8, candidates = 100, nms_iou =
-    0.6, detections = 100}``; `recipe = "mobiledet"` has its whole training.
+    0.6, detections = 100}``; ``recipe = "mobiledet"`` has its whole training.
     """
 
     extras: tuple[Annotated[int, Field(ge=2, le=2**16)], ...] = Field(
