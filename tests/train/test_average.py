@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 DECAY = 0.6
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Ends a training in the middle."""
 
 
@@ -45,7 +45,7 @@ class Follower:
 
         def step(number: int) -> Metrics:
             if number == stop:
-                raise Stopped
+                raise StoppedError
             metrics = run.step(number)
             decay = min(DECAY, 1 - (1 + max(0, number - 1)) ** (-2 / 3))
             for name, tensor in model.state_dict().items():
@@ -69,7 +69,7 @@ def test_a_trained_detector_has_the_average_of_its_weights(tmp_path: Path) -> No
     ctx = StageContext(experiment, tmp_path / "run", folder)
     follower = Follower()
     for stop in (4, 7):
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             follower.train(ctx, stop)
     follower.train(ctx, stop=9)
     last = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
