@@ -16,7 +16,6 @@ from hwnas.config.study import ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
     BOX_AUGMENTATIONS,
     IMAGE_LABELS,
-    AugmentationConfig,
     DataConfig,
     DetectorConfig,
     DeviceConfig,
@@ -126,11 +125,12 @@ class Experiment(Section):
                 "train.teacher teaches classifiers; remove it, or set task = 'classify'"
             )
         augmentation = self.train.augmentation
-        if detects and augmentation.without_mosaic != AugmentationConfig():
+        of_labels = augmentation.without_mosaic.model_dump(exclude_defaults=True)
+        if detects and of_labels:
+            key, value = next(iter(of_labels.items()))
             raise ValueError(
-                "train.augmentation is for classifiers, except for mosaic; remove the other keys,"
-                f" and choose data.augment = {' or '.join(map(repr, BOX_AUGMENTATIONS))} for a"
-                " detector"
+                f"train.augmentation.{key} = {value!r} is for classifiers; remove it, and choose"
+                f" data.augment = {', '.join(BOX_AUGMENTATIONS)} or none for a detector"
             )
         if not detects and augmentation.mosaic > 0:
             raise ValueError(

@@ -184,7 +184,7 @@ def test_grey_mosaics(rectangles: Path) -> None:
                 "data": {"name": "coco"},
                 "train": {"augmentation": {"mosaic": 0.5, "mixup": 0.2}},
             },
-            "for classifiers, except for mosaic; remove the other keys",
+            "train.augmentation.mixup = 0.2 is for classifiers; remove it",
         ),
     ],
     ids=["classifier", "mixup"],
