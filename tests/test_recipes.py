@@ -17,6 +17,9 @@ from hwnas.resources import resource_path
 from hwnas.search import STRATEGIES
 from hwnas.unused import check_used
 
+SOURCES = ("arXiv", "Our choice")
+DETECTORS = ("detector-small-data", "mobiledet", "ssdlite-torchvision")
+BOXES = 'task = "detect"\n[data]\nname = "coco"\npath = "x"\nclasses = 3\n'
 PHOTOGRAPHS = '[data]\nname = "npz"\npath = "x"\nresolution = 32\nclasses = 10\n'
 
 
@@ -26,20 +29,27 @@ def experiment(folder: Path, text: str, *overrides: str) -> Experiment:
     return load_experiment(path, list(overrides))
 
 
+def experiment_with(recipe: str, folder: Path) -> Experiment:
+    """With data that suit the recipe."""
+    path = folder / "mine.toml"
+    path.write_text(f'recipe = "{recipe}"\n' + (BOXES if recipe in DETECTORS else PHOTOGRAPHS))
+    return load_experiment(path)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_all_its_settings_count(name: str, tmp_path: Path) -> None:
-    loaded = experiment(tmp_path, f'recipe = "{name}"\n')
+    loaded = experiment_with(name, tmp_path)
     for verb in ("search", "train"):
         check_used(loaded, verb, [], Refusing())
     strategy = loaded.search.strategy
     strategy.options(STRATEGIES.get(strategy.name).Config)
     text = (resource_path("configs/recipes") / f"{name}.toml").read_text()
-    assert text.startswith("#") and ("arXiv" in text or "Our choice" in text)
+    assert text.startswith("#") and any(source in text for source in SOURCES)
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_optimizers_and_policies_of_recipes_can_be_made(name: str, tmp_path: Path) -> None:
-    loaded = experiment(tmp_path, f'recipe = "{name}"\n')
+    loaded = experiment_with(name, tmp_path)
     for section, table in (("search", loaded.search), ("train", loaded.train)):
         check_optimizer(table.optimizer, f"{section}.optimizer")
     TrainingAugmentation(loaded.train.augmentation, loaded.data)
@@ -126,6 +136,29 @@ def test_a_recipe_is_one_option_of_the_command_line(tmp_path: Path) -> None:
     assert config.lr * 96 / 256 == pytest.approx(0.025, rel=1e-3)
     schedule: Any = config.schedule
     assert config.lr * 96 / 256 * schedule.final == pytest.approx(0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_recipes_of_detectors_are_for_detectors(name: str, tmp_path: Path) -> None:
+    """What they are merged into has boxes, even if it does not say so."""
+    loaded = load_experiment(None, [f"recipe={name}", "data.path=x", "data.classes=3"])
+    assert (loaded.task, loaded.data.name, loaded.data.classes) == ("detect", "coco", 3)
+    with pytest.raises(ConfigError, match=f"^recipe = '{name}': .* for 'npz'|'npz' has none"):
+        experiment(tmp_path, f'recipe = "{name}"\n')
+
+
+def test_the_rates_of_the_sources(tmp_path: Path) -> None:
+    """torchvision: 0.15 for 8 x 24 images, 660 epochs, one of them warm-up; MobileDet: 0.8
+    for 512 images, 400,000 steps on COCO, 2,000 of them warm-up.
+    """
+    ours = load_experiment(None, ["recipe=ssdlite-torchvision", "data.path=x"]).train
+    assert ours.optimizer.lr * ours.batch_size / 256 == pytest.approx(0.15)
+    assert ours.optimizer.warmup * ours.epochs == pytest.approx(1, abs=0.02)
+    theirs = load_experiment(None, ["recipe=mobiledet", "data.path=x"]).train
+    steps = theirs.epochs * 118_287 / theirs.batch_size
+    assert theirs.optimizer.lr * theirs.batch_size / 256 == pytest.approx(0.8)
+    assert steps == pytest.approx(400_000, rel=1e-3)
+    assert theirs.optimizer.warmup * steps == pytest.approx(2000, rel=1e-3)
 
 
 def test_a_run_folder_keeps_the_settings_and_not_the_name(tmp_path: Path) -> None:

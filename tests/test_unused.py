@@ -96,6 +96,7 @@ def test_the_commands_in_the_readme_have_no_unused_settings() -> None:
         (["train.optimizer.inactive_weights=decay"], "train", "inactive_weights = 'decay' has no effect: training uses every weight"),
         (["train.teacher_share=0.9"], "train", "train.teacher_share = 0.9 has no effect: no teacher is configured; set train.teacher"),
         (["train.progressive.stages=3"], "train", "train.progressive.stages = 3 has no effect: train.progressive.start = 1 has the full"),
+        ([*COCO, "train.augmentation.mosaic_off=0.2"], "train", "mosaic_off = 0.2 has no effect: train.augmentation.mosaic = 0 makes"),
         ([*COCO, "train.dropout=0.1"], "train", "train.dropout = 0.1 has no effect: task = 'detect'"),
         ([*COCO, "train.label_smoothing=0.1"], "train", "train.label_smoothing = 0.1 has no effect: task = 'detect'"),
         ([*COCO, "search.label_smoothing=0.1"], "search", "search.label_smoothing = 0.1 has no effect: task = 'detect'"),
@@ -157,6 +158,7 @@ def test_unused_settings_on_the_command_line_are_refused(
         ([*COCO, "detector.post_processing.min_score=0.5"], "run"),
         ([*COCO, "detector.post_processing.min_score=0.5", "validate.app_score=0.6"], "run"),
         ([*COCO, "validate.app_score=0.001"], "export"),
+        ([*COCO, "train.augmentation={mosaic = 0.5, mosaic_off = 0.2}"], "train"),
         (["search.epochs=3"], "train"),  # users give every stage's command the same overrides
     ],
 )

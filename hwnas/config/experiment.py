@@ -14,8 +14,8 @@ from hwnas.config.old_keys import with_new_keys
 from hwnas.config.search import SearchConfig
 from hwnas.config.study import ShrinkConfig, StudyConfig
 from hwnas.config.tables import (
+    BOX_AUGMENTATIONS,
     IMAGE_LABELS,
-    AugmentationConfig,
     DataConfig,
     DetectorConfig,
     DeviceConfig,
@@ -129,10 +129,18 @@ class Experiment(Section):
                 f"train.loss = {self.train.loss!r} is for image labels, and task = {self.task!r}"
                 " has a loss of its own; remove it, or set task = 'classify'"
             )
-        if detects and self.train.augmentation != AugmentationConfig():
+        augmentation = self.train.augmentation
+        of_labels = augmentation.without_mosaic.model_dump(exclude_defaults=True)
+        if detects and of_labels:
+            key, value = next(iter(of_labels.items()))
             raise ValueError(
-                "train.augmentation is for classifiers; remove it, and choose data.augment = 'ssd'"
-                " or 'ssdlite' for a detector"
+                f"train.augmentation.{key} = {value!r} is for classifiers; remove it, and choose"
+                f" data.augment = {', '.join(BOX_AUGMENTATIONS)} or none for a detector"
+            )
+        if not detects and augmentation.mosaic > 0:
+            raise ValueError(
+                f"train.augmentation.mosaic = {augmentation.mosaic:g} is for detectors; remove it,"
+                " or choose train.augmentation.mixup or cutmix for a classifier"
             )
         if detects and self.train.progressive.start < 1:
             raise ValueError(
@@ -230,7 +238,9 @@ def load_experiment(path: str | Path | None, overrides: list[str] | None = None)
     except ValidationError as error:
         source = str(path)
         if not _has_error(file_content, error):
-            source = ", ".join(f"-s {shortened(text)}" for text in _causes(overrides, error))
+            causes = [f"-s {shortened(text)}" for text in _causes(overrides, error)]
+            # without any override, the file contradicts its recipe
+            source = ", ".join(causes) or f"recipe = {content.get('recipe')!r}"
         raise ConfigError(f"{source}: {explain(error, Experiment)}") from error
 
 

@@ -4,7 +4,7 @@ validate.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -99,6 +99,10 @@ class DeviceConfig(Section):
 
 Resize: TypeAlias = Literal["squash", "crop", "pad"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+BoxAugmentation: TypeAlias = Literal["ssd", "ssdlite", "jitter", "lsj"]
+
+BOX_AUGMENTATIONS: tuple[str, ...] = get_args(BoxAugmentation)
+"""The values of ``data.augment`` for images with boxes."""
 
 IMAGE_LABELS = ("digits", "npz", "cifar10", "folder")
 """Built-in data sets with one label per image. Plug-ins may be of either kind."""
@@ -162,12 +166,13 @@ class DataConfig(Section):
         (0.229, 0.224, 0.225),
         description="divisor per channel of images scaled to 0..1; default: as for mean",
     )
-    augment: Literal["none", "crop", "crop_flip", "imagenet", "ssd", "ssdlite"] = Field(
+    augment: Literal["none", "crop", "crop_flip", "imagenet"] | BoxAugmentation = Field(
         "crop_flip",
         description=(
             "augmentation of training images. none, crop, crop_flip: any images without boxes;"
-            " imagenet: for data.name = 'folder'; ssd, ssdlite: torchvision's presets for boxes,"
-            " the latter also MobileDet's; default: crop_flip, for coco ssdlite"
+            " imagenet: for data.name = 'folder'. For boxes: ssd, ssdlite: torchvision's presets,"
+            " the latter also MobileDet's; jitter: colours and a scale of 0.8 to 1.25; lsj: a scale"
+            " of 0.1 to 2 (large-scale jitter). Default: crop_flip, for coco ssdlite"
         ),
     )
     resize: Resize | None = Field(
@@ -256,7 +261,8 @@ class DataConfig(Section):
                 f"data.crop_fraction is for data.resize = 'crop', not {self.resize_mode!r}; remove"
                 " it, or choose 'crop'"
             )
-        if self.resize == "crop" and (self.name == "coco" or self.augment in ("ssd", "ssdlite")):
+        has_boxes = self.name == "coco" or self.augment in BOX_AUGMENTATIONS
+        if self.resize == "crop" and has_boxes:
             raise ValueError(
                 "data.resize = 'crop' would cut off objects at the edges; choose squash or pad for"
                 " boxes"
@@ -282,7 +288,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
-        augments_boxes = self.augment in ("ssd", "ssdlite")
+        augments_boxes = self.augment in BOX_AUGMENTATIONS
         if self.name in IMAGE_LABELS and augments_boxes:
             raise ValueError(
                 f"data.augment = {self.augment!r} is for boxes; choose crop, crop_flip or none for"
@@ -297,8 +303,8 @@ class DataConfig(Section):
             raise ValueError(f"data.classes = {self.classes}, but a classifier needs at least 2")
         if self.name == "coco" and not augments_boxes and self.augment != "none":
             raise ValueError(
-                f"data.augment = {self.augment!r} is for images without boxes; choose ssd, ssdlite"
-                " or none for 'coco'"
+                f"data.augment = {self.augment!r} is for images without boxes; choose"
+                f" {', '.join(BOX_AUGMENTATIONS)} or none for 'coco'"
             )
         return self
 
@@ -402,7 +408,7 @@ class DetectorConfig(Section):
 
     The defaults are those of torchvision's SSDLite. Those of MobileDet are ``scores =
     "sigmoid"`` and ``post_processing = {min_score = 1e-8, candidates = 100, nms_iou =
-    0.6, detections = 100}``; configs/experiments/coco.toml has its whole recipe.
+    0.6, detections = 100}``; ``recipe = "mobiledet"`` has its whole training.
     """
 
     head: Literal["ssdlite", "fcos"] = Field(
@@ -452,9 +458,15 @@ class DetectorConfig(Section):
         return content
 
 
+MOSAIC_UNSET: dict[str, Any] = {"mosaic": 0.0, "mosaic_off": 0.1}
+"""Keys of ``train.augmentation`` that are left out of documents at these values, their
+defaults.
+"""
+
+
 class AugmentationConfig(Section):
-    """What training does to images beyond ``data.augment``. For classification; see
-    docs/training.md.
+    """What training does to images beyond ``data.augment``: a mosaic for detectors, the
+    other keys for classifiers. See docs/training.md.
     """
 
     auto: str = Field(
@@ -495,6 +507,18 @@ class AugmentationConfig(Section):
             " of the batch size"
         ),
     )
+    mosaic: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="detectors: probability that an image is put together with three others",
+    )
+    mosaic_off: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="fraction of the steps, the last ones, in which there are no mosaics",
+    )
 
     @model_serializer(mode="wrap")
     def _sparse(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -502,12 +526,17 @@ class AugmentationConfig(Section):
         existed must not change.
         """
         content: dict[str, Any] = handler(self)
-        return without_defaults(content, {"cutout": 0, "repeats": 1})
+        return without_defaults(content, {"cutout": 0, "repeats": 1, **MOSAIC_UNSET})
 
     @property
     def mixes(self) -> bool:
         """Whether the images of a batch are blended."""
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def without_mosaic(self) -> AugmentationConfig:
+        """The same without mosaics: what is done to single images, and to pairs."""
+        return self.model_copy(update=MOSAIC_UNSET)
 
 
 class ProgressiveConfig(Section):

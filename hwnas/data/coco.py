@@ -3,15 +3,22 @@
     data.path/annotations/instances_train2017.json   data.path/train2017/*.jpg     (or instances_train.json and train/)
     data.path/annotations/instances_val2017.json     data.path/val2017/*.jpg       (or instances_val.json and val/)
 
-Augmentation is that of SSD (Liu et al., ECCV 2016, arXiv 1512.02325, section 2.2) with
-torchvision's transforms, in the two presets of torchvision's reference training:
-``ssd`` (photometric distortion, zoom-out, crop by IoU, flip) and ``ssdlite`` (crop and
-flip), which is also MobileDet's recipe. An augmented image becomes the network's input
-in the same way as an evaluated one (``data/geometry.py``): by default without keeping
-the aspect ratio.
+Augmentation uses torchvision's transforms. An augmented image becomes the network's
+input in the same way as an evaluated one (``data/geometry.py``): by default without
+keeping the aspect ratio.
+
+ssdlite  A crop by IoU and a flip: SSD (Liu et al., ECCV 2016, arXiv 1512.02325, section
+         2.2) as in torchvision's reference training, and MobileDet's recipe.
+ssd      Photometric distortion, zoom-out, then as ssdlite: another preset of torchvision.
+lsj      Large-scale jitter (Ghiasi et al., CVPR 2021, arXiv 2012.07177): the whole image
+         at 0.1 to 2 times the network's input, then a window of the input's size, and a flip.
+jitter   As lsj with 0.8 to 1.25 times the input, and with photometric distortion: our
+         choice, for small data.
 
 *Differences* from MobileDet's recipe (TensorFlow's ``ssd_random_crop``): a crop is
 accepted by its IoU with an object, as in SSD, not by how much of the object it covers.
+*Differences* from torchvision's ``lsj``: a smaller image lies anywhere in its border
+instead of at the top left, and its aspect ratio is the evaluated one.
 
 Images without objects are kept; they are background in training and in evaluation.
 Crowds are left out of training targets, which would treat them as single objects. The
@@ -66,6 +73,12 @@ of such an image still has the input's size. Zooming out makes an image up to 16
 as large, which would fill the memory with a photograph of 12 million pixels.
 """
 
+JITTER = (0.8, 1.25)
+"""The scales of ``jitter``: at most a quarter larger, or smaller by the same factor."""
+
+LARGE_JITTER = (0.1, 2.0)
+"""The scales of ``lsj``: the paper's, and torchvision's default."""
+
 
 class CocoImages(Images):
     """Images with the boxes of their objects, decoded on demand.
@@ -110,11 +123,17 @@ class CocoImages(Images):
         self.std = torch.tensor(config.std).view(1, -1, 1, 1)
         self.augment = config.augment if augment else "none"
 
-        crop_and_flip = [augmentations.SafeIoUCrop(), v2.RandomHorizontalFlip()]
+        distort = v2.RandomPhotometricDistort()
         zoom_out = v2.RandomZoomOut(list(geometry.border))
+        crop = augmentations.SafeIoUCrop()
+        window = v2.RandomCrop(geometry.resolution, pad_if_needed=True, fill=list(geometry.border))
+        flip = v2.RandomHorizontalFlip()
         augmentation = {
-            "ssd": [v2.RandomPhotometricDistort(), zoom_out, *crop_and_flip],
-            "ssdlite": crop_and_flip,
+            "ssd": [distort, zoom_out, crop, flip],
+            "ssdlite": [crop, flip],
+            # distorted when it is small, which is faster, and has no border yet
+            "jitter": [augmentations.InputJitter(geometry, JITTER), distort, window, flip],
+            "lsj": [augmentations.InputJitter(geometry, LARGE_JITTER), window, flip],
             "none": [],
         }[self.augment]
         fit = v2.Lambda(geometry.fitted, tv_tensors.Image, tv_tensors.BoundingBoxes)

@@ -63,7 +63,7 @@ class Train(Stage):
             from hwnas.train.teacher import Teacher
 
             Teacher(config, experiment.data)
-        if config.augmentation != AugmentationConfig():
+        if config.augmentation.without_mosaic != AugmentationConfig():
             from hwnas.data.training_augmentation import TrainingAugmentation
 
             TrainingAugmentation(config.augmentation, experiment.data)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from hwnas.config import AugmentationConfig, Experiment, TrainConfig
 from hwnas.core.arch import Architecture
 from hwnas.data.images import Batch, Images, load_images, training_batches
+from hwnas.data.mosaic import Mosaic
 from hwnas.data.training_augmentation import Mixing, TrainingAugmentation
 from hwnas.engine import BinaryCrossEntropy, Criterion, Engine, Metrics, Microbatch, steps_of
 from hwnas.networks import data_for
@@ -85,7 +87,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     train = load_images(data, "all", augment=True)
     test = load_images(data, "test")
     augmentation = config.augmentation
-    if augmentation != AugmentationConfig():
+    if augmentation.without_mosaic != AugmentationConfig():
         train.training_augmentation = TrainingAugmentation(augmentation, data)
     mixing = None
     if augmentation.mixes:
@@ -115,14 +117,7 @@ def begin(ctx: StageContext, arch: Architecture) -> TrainingRun:
     # These two continue at the engine's step, so they come after it has resumed.
     validation = Validation(ctx, engine, test, len(train) / config.batch_size)
     validation.resume()
-    batches = training_batches(
-        train,
-        config.batch_size,
-        seed=seed,
-        steps=range(engine.step, steps),
-        workers=data.workers,
-        repeats=augmentation.repeats,
-    )
+    batches = _batches(train, ctx.experiment, range(engine.step, steps))
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config, data, engine.device)
@@ -149,6 +144,33 @@ def _criterion(experiment: Experiment, arch: Architecture) -> Criterion:
     if config.loss == "bce":
         return BinaryCrossEntropy(config.label_smoothing)
     return task_of(experiment).criterion(arch, config.label_smoothing)
+
+
+def _batches(train: Images, experiment: Experiment, remaining: range) -> Iterator[Batch]:
+    """The batches of the ``remaining`` steps of a training, all up to its last one: first
+    those with mosaics, if the experiment has them, then those without.
+
+    A batch depends on its step alone, so a training that is resumed gets the same ones on
+    either side of the border.
+    """
+    augmentation = experiment.train.augmentation
+
+    def batches(images: Images, steps: range) -> Iterator[Batch]:
+        return training_batches(
+            images,
+            experiment.train.batch_size,
+            seed=experiment.seed,
+            steps=steps,
+            workers=experiment.data.workers,
+            repeats=augmentation.repeats,
+        )
+
+    if augmentation.mosaic == 0:
+        return batches(train, remaining)
+    steps = remaining.stop
+    border = max(remaining.start, steps - round(augmentation.mosaic_off * steps))
+    with_mosaics = batches(Mosaic(train, augmentation.mosaic), range(remaining.start, border))
+    return chain(with_mosaics, batches(train, range(border, steps)))
 
 
 def _initial_weights(config: TrainConfig) -> str:

@@ -268,6 +268,13 @@ ALL_WEIGHTS_USED = Case(
     by=(),
     fix="remove it; search.optimizer.inactive_weights is for super-nets",
 )
+NO_MOSAIC = Case(
+    lambda situation: situation.experiment.train.augmentation.mosaic == 0,
+    why="train.augmentation.mosaic = 0 makes no mosaics",
+    by=("train.augmentation.mosaic",),
+    verbs=("run", "train"),
+    fix="remove it, or set train.augmentation.mosaic",
+)
 # --- data, export, validation
 
 DIGITS_DATA = Case(
@@ -544,13 +551,14 @@ KEYS: dict[str, tuple[Case, ...]] = {
     "train.bn_momentum": ALWAYS_READ,
     **dict.fromkeys(("train.teacher_share", "train.teacher_temperature"), (NO_TEACHER,)),
     "train.label_smoothing": (DETECTS,),
-    # refused for detectors
+    # refused for detectors, and the mosaic for classifiers
     **{
         f"train.augmentation.{key}": ALWAYS_READ
-        for key in ("auto", "erasing", "mixup", "cutmix", "cutout", "repeats")
+        for key in ("auto", "erasing", "mixup", "cutmix", "cutout", "repeats", "mosaic")
     },
     "train.progressive.start": ALWAYS_READ,
     "train.progressive.stages": (NOT_PROGRESSIVE,),
+    "train.augmentation.mosaic_off": (NO_MOSAIC,),
     "train.dropout": (DETECTS,),
     "train.ema_decay": ALWAYS_READ,
     # DataConfig refuses contradictions.

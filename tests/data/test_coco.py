@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
+from hwnas.config.tables import BOX_AUGMENTATIONS
 from hwnas.data.coco import CocoImages
 from hwnas.data.coco_eval import evaluate
 from hwnas.data.images import (
@@ -30,7 +31,17 @@ from hwnas.data.images import (
     training_batches,
 )
 from hwnas.errors import DataError, UnreadableImageError
-from tests.data.scenes import WHITE, coco_config, load, scene, write_coco, write_json, write_scenes
+from tests.data.scenes import (
+    GREEN,
+    RED,
+    WHITE,
+    coco_config,
+    load,
+    scene,
+    write_coco,
+    write_json,
+    write_scenes,
+)
 
 torch.set_num_threads(1)
 
@@ -157,7 +168,7 @@ def test_the_ground_truth_is_that_of_the_file(unpacked: Callable[[str], Path]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augment", ["none", "ssdlite", "ssd"])
+@pytest.mark.parametrize("augment", ["none", *BOX_AUGMENTATIONS])
 def test_batches_are_functions_of_seed_and_step(
     unpacked: Callable[[str], Path], augment: str
 ) -> None:
@@ -348,6 +359,72 @@ def test_boxes_stay_on_their_objects(tmp_path: Path, augment: str, resize: str) 
     assert len({round(float(x.max()), 2) for x in x_NCHW}) > 10 or augment == "ssdlite"
 
 
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_jitter_scales_the_evaluated_image(tmp_path: Path, resize: str) -> None:
+    """By 0.8 to 1.25, with other colours; the box stays on its object."""
+    box = [50, 36, 20, 20]
+    write_coco(tmp_path, {"a.png": scene(120, 90, (WHITE, box))}, [(0, 8, box)])
+    config = coco_config(tmp_path, augment="jitter", resolution=48, resize=resize)
+    evaluated = load(config).__getitems__([(0, 0)])[1][0, 0]
+    x_NCHW, y = load(config, augment=True).__getitems__([(0, draw) for draw in range(100)])
+    scales = []
+    for x, (target,) in zip(x_NCHW, y, strict=True):
+        bright = x.sum(0)
+        left, top, right, bottom, label = target.tolist()
+        middle = bright[int(top + bottom) // 2, int(left + right) // 2]
+        assert label == 1
+        assert bounding_box(x, bright > middle / 2) == pytest.approx(target[:4].tolist(), abs=1)
+        scales.append((right - left) / float(evaluated[2] - evaluated[0]))
+    assert 0.75 < min(scales) < 0.85 and 1.18 < max(scales) < 1.28
+    assert len({round(float(x.max()), 2) for x in x_NCHW}) > 10
+    assert len({round(float(left)) for left in y[:, 0, 0]}) > 10
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_large_scale_jitter_loses_no_object_that_is_seen(tmp_path: Path, resize: str) -> None:
+    """At 0.1 to 2 times the input's size, each box is the rectangle of its colour, and
+    what has no box has no pixels of its colour.
+    """
+    red, green = [10, 10, 50, 40], [70, 40, 40, 45]
+    write_coco(
+        tmp_path,
+        {"a.png": scene(120, 90, (RED, red), (GREEN, green))},
+        [(0, 3, red), (0, 8, green)],
+    )
+    config = coco_config(tmp_path, augment="lsj", resolution=48, resize=resize)
+    x_NCHW, y = load(config, augment=True).__getitems__([(0, draw) for draw in range(150)])
+    sides, unseen = [], 0
+    for x, targets in zip(x_NCHW, y, strict=True):
+        boxes = {int(row[4]): row[:4].tolist() for row in targets if row[4] >= 0}
+        for label in (0, 1):
+            seen = x[label] > 0.5
+            if label in boxes:
+                assert bounding_box(x, seen) == pytest.approx(boxes[label], abs=1)
+                sides.append(boxes[label][2] - boxes[label][0])
+            else:
+                # at most a sliver of less than a pixel
+                assert min(int(seen.any(0).sum()), int(seen.any(1).sum())) <= 1
+                unseen += 1
+    # the red one is 20 pixels wide in evaluation
+    assert min(sides) < 4 and max(sides) > 35
+    assert 0 < unseen < 150
+
+
+def test_a_smaller_image_lies_anywhere_in_a_border_of_the_mean(tmp_path: Path) -> None:
+    whole = [0, 0, 40, 40]
+    write_coco(tmp_path, {"a.png": scene(40, 40, (WHITE, whole))}, [(0, 3, whole)])
+    config = coco_config(tmp_path, augment="lsj", mean=(0.5, 0.25, 0.75), std=(0.2, 0.2, 0.2))
+    x_NCHW, y = load(config, augment=True).__getitems__([(0, draw) for draw in range(80)])
+    corners = []
+    for x, (box,) in zip(x_NCHW, y, strict=True):
+        left, top, right, bottom = box[:4].round().int().tolist()
+        x[:, top:bottom, left:right] = 0
+        assert x.abs().max() < 0.02
+        corners.append((left, top))
+    assert len(set(corners)) > 30
+    assert max(left for left, _ in corners) > 32
+
+
 def test_every_image_is_augmented_independently(tmp_path: Path) -> None:
     """Draws depend on the step and on the image: two equal images in one batch come out
     different.
@@ -426,7 +503,7 @@ def test_tiny_and_empty_images_are_augmented(tmp_path: Path, objects: list[Any])
     latter.
     """
     write_coco(tmp_path, {"tiny.png": scene(3, 2), "b.png": scene(40, 40)}, objects)
-    for augment in ("ssd", "ssdlite"):
+    for augment in BOX_AUGMENTATIONS:
         images = load(coco_config(tmp_path, augment=augment), augment=True)
         x, y = images.__getitems__([(0, draw) for draw in range(50)])
         assert x.shape == (50, 3, 64, 64)

@@ -412,9 +412,10 @@ def test_validation_categories_must_be_the_training_categories(scenes: Path) -> 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"augment": "crop_flip"}, "ssd, ssdlite or none"),
+        ({"augment": "crop_flip"}, "ssd, ssdlite, jitter, lsj or none"),
         ({"name": "digits", "augment": "ssd"}, "for boxes"),
         ({"name": "folder", "augment": "ssdlite"}, "for boxes"),
+        ({"name": "folder", "augment": "lsj"}, "for boxes"),
         ({"name": "npz", "classes": 1}, "at least 2"),
         ({"classes": 0}, "greater than or equal to 1"),
     ],

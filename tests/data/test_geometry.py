@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from hwnas.config import DataConfig, Resize
+from hwnas.config.tables import BOX_AUGMENTATIONS
 from hwnas.data.geometry import Frame, Geometry
 from hwnas.data.images import Images, load_images
 from hwnas.nn.supernet import resized
@@ -157,14 +158,12 @@ SETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[int, int]]]
     "npz": (write_arrays, ("none", "crop", "crop_flip"), (WIDE, HIGH)),
     "cifar10": (write_cifar10, ("none", "crop", "crop_flip"), (32, 32)),
     "folder": (write_folder, ("none", "crop", "crop_flip", "imagenet"), (WIDE, HIGH)),
-    "coco": (write_boxes, ("none", "ssdlite", "ssd"), (WIDE, HIGH)),
+    "coco": (write_boxes, ("none", *BOX_AUGMENTATIONS), (WIDE, HIGH)),
 }
 """The writer of the pictures, the augmentations that are allowed, the pictures' size.
 """
 REFUSED = {
-    ("coco", "none", "crop"),
-    ("coco", "ssdlite", "crop"),
-    ("coco", "ssd", "crop"),
+    *(("coco", augment, "crop") for augment in ("none", *BOX_AUGMENTATIONS)),
     ("folder", "imagenet", "pad"),
 }
 CASES = [

@@ -297,7 +297,7 @@ def test_unknown_policies_are_refused(auto: str, words: str) -> None:
                 "data": {"name": "coco"},
                 "train": {"augmentation": {"erasing": 0.2}},
             },
-            "train.augmentation is for classifiers",
+            "train.augmentation.erasing = 0.2 is for classifiers",
         ),
     ],
     ids=["odd batch", "repeats", "detector"],
