@@ -191,7 +191,7 @@ def _at_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
     return experiment.model_copy(update={"data": experiment.data.at(as_pixels(space.resolution))})
 
 
-def _blocks(space: SearchSpace, picks: Picks) -> tuple[int, list[str]]:
+def _blocks(space: SearchSpace, picks: Picks) -> tuple[tuple[int, int], list[str]]:
     """The resolution and the keys of the blocks of an architecture: a sort key."""
     arch = space.decode(picks)
     return arch.size_HW, [op.key for op in arch.ops()]
