@@ -71,7 +71,7 @@ class MacroSpace(SearchSpace):
             len(set(sizes)) != len(sizes) or min(sizes) < 1 or max(sizes) != self.resolution
         ):
             raise ValueError(
-                "resolutions must be different squares, and the largest must be resolution ="
+                "resolutions must be different, and the largest must be resolution ="
                 f" {self.resolution}, got {list(sizes)}"
             )
         for i, stage in enumerate(self.stages):

@@ -117,7 +117,7 @@ def test_a_space_of_detectors_prices_rectangles() -> None:
 
 
 def test_cells_and_choices_of_resolutions_take_squares() -> None:
-    with pytest.raises(SpaceError, match="nasbench201.* takes square images, and 32 x 64 px"):
+    with pytest.raises(SpaceError, match=r"nasbench201.* takes square images, and 32 x 64 px"):
         load_space("nasbench201", resolution=Rectangle(32, 64))
     with pytest.raises(SpaceError, match="ofa_mobilenet_v3 takes square images"):
         ofa_mobilenet_v3(resolution=WIDE)
