@@ -11,6 +11,7 @@ from hwnas.config import DataConfig, Experiment, resolve_path
 from hwnas.core.arch import Architecture
 from hwnas.core.published import resolve_arch
 from hwnas.core.search_space import SearchSpace
+from hwnas.core.size import as_pixels, as_size
 from hwnas.errors import ConfigError, SpaceError, UserError
 from hwnas.task import task_of
 
@@ -33,21 +34,21 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
         arch = resolve_arch(
             name,
             space,
-            resolution=data.resolution,
+            resolution=as_size(data.resolution),
             classes=data.classes,
             in_channels=data.channels,
             width=width,
         )
     arch = task_of(experiment).architecture(arch, experiment)
     data = data_for(experiment, arch)
-    if (arch.classes, arch.resolution, arch.in_channels) != (
+    if (arch.classes, arch.size, arch.in_channels) != (
         data.classes,
-        data.resolution,
+        as_size(data.resolution),
         data.channels,
     ):
         raise ConfigError(
-            f"architecture {arch.name!r} has {arch.classes} classes, {arch.resolution} px and"
-            f" {arch.in_channels} channels, but the data has {data.classes}, {data.resolution} and"
+            f"architecture {arch.name!r} has {arch.classes} classes, {arch.size} px and"
+            f" {arch.in_channels} channels, but the data has {data.classes}, {as_size(data.resolution)} and"
             f" {data.channels}: make data.classes, data.resolution and data.channels agree."
         )
     return arch
@@ -61,7 +62,7 @@ def data_for(experiment: Experiment, arch: Architecture) -> DataConfig:
     """
     if experiment.train.arch is not None:
         return experiment.data
-    return experiment.data.at(arch.resolution)
+    return experiment.data.at(as_pixels(arch.size))
 
 
 def named_networks(experiment: Experiment, space: SearchSpace) -> tuple[Architecture, ...]:

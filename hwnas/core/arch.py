@@ -22,6 +22,7 @@ from hwnas.core.detectors import AnyDetector
 from hwnas.core.graph import StepKey, shapes
 from hwnas.core.head import ClassifierHead, DetectorHead, Head
 from hwnas.core.ops import Classifier, Op, OpKey, Predictor
+from hwnas.core.size import Size, sides
 from hwnas.document import Document
 
 Picks = dict[str, str | int]
@@ -49,13 +50,13 @@ class Origin(BaseModel):
 @dataclass(frozen=True)
 class Position:
     """A position in a network: its name, its op (None if the position is empty), and
-    the output shape: ``channels`` and height = width ``size``.
+    the output shape: ``channels`` and ``size``, its height and width.
     """
 
     slot: str
     op: Op | None
     channels: int
-    size: int
+    size: Size
 
     @classmethod
     def of(cls, slot: str, op: Op) -> Self:
@@ -162,8 +163,18 @@ class Architecture(Document):
 
     @property
     def resolution(self) -> int:
-        """Input height = width in pixels."""
+        """Input height in pixels, and width unless ``size`` is a rectangle."""
+        return self.size_HW[0]
+
+    @property
+    def size(self) -> Size:
+        """Input height and width in pixels."""
         return self.blocks[0].size
+
+    @property
+    def size_HW(self) -> tuple[int, int]:  # noqa: N802 - shapes are written like that
+        """The same as two numbers."""
+        return sides(self.size)
 
     @property
     def classes(self) -> int:

@@ -26,6 +26,7 @@ from hwnas.core.ops import (
     ResidualReduce,
     SepConv,
 )
+from hwnas.core.size import square
 from hwnas.errors import SpaceError
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class CellStep:
     - ``sum`` adds up the edges of a node that are connected.
     - ``concat`` concatenates nodes.
 
-    ``slot`` is the name of the step; ``channels`` and ``size`` (height = width) are
-    the shape of its point.
+    ``slot`` is the name of the step; ``channels`` and ``size`` (height = width)
+    are the shape of its point.
     """
 
     kind: Literal["op", "edge", "sum", "concat"]
@@ -139,7 +140,7 @@ class _StepBuilder:
 
     def op(self, slot: str, op: Op, of: int) -> int:
         """Add an op that always runs and reads the point ``of``."""
-        return self._add(CellStep("op", (of,), slot, op.out_ch, op.out_size, op=op))
+        return self._add(CellStep("op", (of,), slot, op.out_ch, square(op.out_size, slot), op=op))
 
     def cell(
         self,
@@ -215,7 +216,7 @@ class _StepBuilder:
 def _resnet_steps(builder: _StepBuilder) -> tuple[CellStep, ...]:
     """The skeleton of NAS-Bench-201."""
     space = builder.space
-    size = space.resolution
+    size = space.side
     channels = space.channels
     number = 0  # reductions are numbered with the cells
     point = builder.op("stem", Conv(size, space.in_channels, channels, kernel=3), 0)
@@ -265,7 +266,7 @@ def _darts_steps(builder: _StepBuilder) -> tuple[CellStep, ...]:
 def _darts_stem(builder: _StepBuilder) -> tuple[int, int]:
     """Add the stem. Returns the two points that the first cell reads."""
     space = builder.space
-    size = space.resolution
+    size = space.side
     channels = space.channels
     if space.stem == "small":
         # three times the width of a node, as in DARTS's code (stem_multiplier)

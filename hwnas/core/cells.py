@@ -113,7 +113,7 @@ class CellSpace(SearchSpace):
             )
         if self.stem == "imagenet" and self.skeleton != "darts":
             raise ValueError("only the skeleton 'darts' has a stem for ImageNet")
-        if self.resolution % self.multiple:
+        if self.side % self.multiple:
             raise ValueError(
                 f"resolution {self.resolution} is halved repeatedly, so it must be a multiple of"
                 f" {self.multiple}"

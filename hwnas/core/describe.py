@@ -11,6 +11,7 @@ import numpy as np
 from hwnas.core.arch import Architecture
 from hwnas.core.cost import latency_ms, missing_ops
 from hwnas.core.ops import Classifier, Op
+from hwnas.core.size import area, by
 from hwnas.core.space import MacroSpace, SearchSpace
 from hwnas.core.table import Calibration, LatencyTable
 
@@ -97,16 +98,13 @@ def _facts(space: SearchSpace) -> list[str]:
     """Input and classes of a space's networks, and what is special to its kind of
     space.
     """
-    return [
-        f"input        {space.in_channels} x {space.resolution} x {space.resolution},"
-        f" {space.classes} classes"
-    ]
+    return [f"input        {space.in_channels} x {by(space.resolution)}, {space.classes} classes"]
 
 
 @_facts.register
 def _facts_of_blocks(space: MacroSpace) -> list[str]:
     sizes = space.resolutions or (space.resolution,)
-    pixels = " or ".join(f"{space.in_channels} x {size} x {size}" for size in sizes)
+    pixels = " or ".join(f"{space.in_channels} x {by(size)}" for size in sizes)
     return [
         f"input        {pixels}, {space.classes} classes, {space.act}",
         f"decisions    {format_count(space.decisions)} raw combinations of separate decisions"
@@ -195,7 +193,7 @@ def why_uncovered(ops: Sequence[Op], table: LatencyTable) -> str | None:
 
 def _traits(ops: Sequence[Op]) -> dict[str, str]:
     """What distinguishes the ops of one space from those of another: noun -> value."""
-    size = max(op.size for op in ops)
+    size = max((op.size for op in ops), key=area)
     # The stem reads the image: it has the fewest input channels at the largest size.
     channels = min(op.in_ch for op in ops if op.size == size)
     classes = {op.out_ch for op in ops if isinstance(op, Classifier)}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import Detector, DetectorSpec
 from hwnas.core.ops import Conv, Op
+from hwnas.core.size import Size
 from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.errors import SpaceError
 
@@ -18,9 +19,9 @@ SSDLITE = SSDLiteSpec()
 
 
 def with_detector(
-    arch: Architecture, classes: int, spec: DetectorSpec = SSDLITE, *, resolution: int = 320
+    arch: Architecture, classes: int, spec: DetectorSpec = SSDLITE, *, resolution: Size = 320
 ) -> Architecture:
-    """Put a detector on the backbone of ``arch``, for images of ``resolution`` px.
+    """Put a detector on the backbone of ``arch``, for images of the size ``resolution``.
     ``classes`` does not include the background.
 
     Blocks that belong to the classifier are left out: pooled blocks and the 1 x 1
@@ -70,8 +71,8 @@ def _backbone(blocks: Sequence[Op]) -> tuple[Op, ...]:
     return tuple(kept)
 
 
-def _resized(blocks: Sequence[Op], resolution: int) -> tuple[Op, ...]:
-    """The blocks for images of another height = width ``resolution``."""
+def _resized(blocks: Sequence[Op], resolution: Size) -> tuple[Op, ...]:
+    """The blocks for images of another size."""
     resized: list[Op] = []
     size = resolution
     for op in blocks:

@@ -27,11 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from hwnas.core.graph import Step
 from hwnas.core.ops import Op, OpKey, Predictor
 from hwnas.core.settings import Settings
+from hwnas.core.size import Size, area
 
 Scores = Literal["softmax", "sigmoid"]
 """How logits become scores; see ``Detector``."""
-FeatureShape = tuple[int, int]
-"""Channels and height = width of a feature map."""
+FeatureShape = tuple[int, Size]
+"""Channels, and height and width, of a feature map."""
 
 CODE_SIZE = 4
 """Numbers that encode a box."""
@@ -105,7 +106,7 @@ class Detector(BaseModel):
     @property
     def anchors(self) -> int:
         """Number of anchors per image: the number of rows of the network's outputs."""
-        return sum(head.anchors_per_cell * head.size**2 for head in self.predictors)
+        return sum(head.anchors_per_cell * area(head.size) for head in self.predictors)
 
     @property
     def wiring(self) -> tuple[str, ...]:

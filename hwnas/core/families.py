@@ -43,6 +43,7 @@ from itertools import product
 from typing import TypedDict, Unpack
 
 from hwnas.core.option import SKIP, scale_width
+from hwnas.core.size import Size, square
 from hwnas.core.space import MacroSpace, SpaceStage
 
 KERNELS_EXPANSIONS = ("ir_k3_e3", "ir_k5_e3", "ir_k7_e3", "ir_k3_e6", "ir_k5_e6", "ir_k7_e6")
@@ -62,12 +63,12 @@ Widths = tuple[int, ...]
 
 
 class Shape(TypedDict, total=False):
-    """Overrides that every built-in space accepts. ``resolution`` is the height = width
+    """Overrides that every built-in space accepts. ``resolution`` is the height = width (or both)
     of the input in pixels; ``width`` multiplies the channels of all stages.
     """
 
     name: str
-    resolution: int
+    resolution: Size
     in_channels: int
     classes: int
     act: str
@@ -268,7 +269,7 @@ def ofa_mobilenet_v3(**shape: Unpack[Shape]) -> MacroSpace:
         SpaceStage(widths=(1280,), slots=(("hd",),)),
     ]
 
-    largest = shape.get("resolution", _IMAGENET["resolution"])
+    largest = square(shape.get("resolution", _IMAGENET["resolution"]), "ofa_mobilenet_v3")
     resolutions = _resolutions(largest)
     return _space(
         stages,

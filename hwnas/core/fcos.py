@@ -37,6 +37,7 @@ from pydantic import Field
 from hwnas.core.detector import Detector, DetectorSpec, FeatureShape, Scores, check_input
 from hwnas.core.graph import GraphBuilder, Step, StepKey, shapes
 from hwnas.core.ops import Conv, FCOSPredictor, Op, OpKey, SeparableLayer, Upsample
+from hwnas.core.size import Size, each_side
 from hwnas.errors import SpaceError
 
 CHANNELS = 96
@@ -130,7 +131,7 @@ class FCOSSpec(DetectorSpec):
         """The neck of the module's docstring, and one head per map."""
         sizes = [size for _, size in maps]
         for size, coarser in pairwise(sizes):
-            if size != 2 * coarser:
+            if size != each_side(coarser, lambda side: 2 * side):
                 raise SpaceError(
                     f"an anchor-free detector needs feature maps that halve exactly, but these have"
                     f" {', '.join(map(str, sizes))} px: choose a resolution that is a multiple of the"
@@ -162,7 +163,7 @@ class _PAN:
         self.channels = channels
         self.graph = GraphBuilder(inputs=levels)
 
-    def fused(self, sizes: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int]]:
+    def fused(self, sizes: Sequence[Size], widths: Sequence[int]) -> list[tuple[int, Size]]:
         """The points that the heads read and their sizes, fine to coarse, for taps of
         these sizes and widths.
         """
@@ -187,15 +188,15 @@ class _PAN:
         halved_size = self.graph.blocks[-1].out_size
         return [*zip(points, sizes, strict=True), (last, halved_size)]
 
-    def _fused(self, size: int, point: int, other: int) -> int:
+    def _fused(self, size: Size, point: int, other: int) -> int:
         """The sum of two maps, mixed by a separable layer."""
         return self._separable(size, self.graph.sum([point, other]), stride=1)
 
-    def _halved(self, size: int, point: int) -> int:
+    def _halved(self, size: Size, point: int) -> int:
         """A map of half the size."""
         return self._separable(size, point, stride=2)
 
-    def _separable(self, size: int, point: int, stride: int) -> int:
+    def _separable(self, size: Size, point: int, stride: int) -> int:
         channels = self.channels
         op = SeparableLayer(size, channels, channels, kernel=KERNEL, stride=stride, act=ACT)
         return self.graph.op(op, point)

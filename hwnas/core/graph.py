@@ -23,10 +23,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from hwnas.core.ops import Op
+from hwnas.core.size import Size, area
 from hwnas.errors import SpaceError
 
-Shape = tuple[int, int]
-"""Channels and height = width of a feature map."""
+Shape = tuple[int, Size]
+"""Channels, and height and width, of a feature map."""
 
 _NUMBERS = {
     "op": range(1, 2),
@@ -176,7 +177,7 @@ def live_numbers(graph: Sequence[Step], blocks: Sequence[Op], image: Shape) -> I
     ``ir.Program.live_numbers`` for ops. Unused steps count although exported files
     leave them out, so the result is an upper bound for them.
     """
-    values = [channels * size**2 for channels, size in shapes(graph, blocks, [image])]
+    values = [channels * area(size) for channels, size in shapes(graph, blocks, [image])]
     last_reader: dict[int, int] = {}
     for position, step in enumerate(graph):
         for point in step.of:

@@ -38,6 +38,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
+from hwnas.core.size import Size, area, each_side, halved
+
 Kind: TypeAlias = Literal[
     "conv",
     "linear",
@@ -67,7 +69,7 @@ INPUT = 0
 class Node:
     """One node of a program: its inputs, shape and attributes.
 
-    ``size`` is the input height = width in pixels; padding is
+    ``size`` is the input's height and width in pixels; padding is
     ``dilation * (kernel // 2)`` on each side. ``name`` is the path of its weights in
     the block's torch module; a dot means a submodule (``se.reduce``). ``inputs`` are
     the values that it reads.
@@ -77,7 +79,7 @@ class Node:
     kind: Kind
     in_ch: int
     out_ch: int
-    size: int = 1
+    size: Size = 1
     kernel: int = 1
     stride: int = 1
     groups: int = 1
@@ -88,15 +90,15 @@ class Node:
     inputs: tuple[int, ...] = (INPUT,)
 
     @property
-    def out_size(self) -> int:
-        """Output height = width."""
+    def out_size(self) -> Size:
+        """Output height and width."""
         if self.kind in ("mean", "linear"):
             return 1
         if self.kind == "crop":
-            return self.size - 1
+            return each_side(self.size, lambda side: side - 1)
         if self.kind == "upsample":
-            return 2 * self.size
-        return out_size(self.size, self.stride)
+            return each_side(self.size, lambda side: 2 * side)
+        return halved(self.size, self.stride)
 
     @property
     def depthwise(self) -> bool:
@@ -113,7 +115,7 @@ class Node:
             return self.kernel * self.in_ch
         if self.kind not in ("conv", "linear"):
             return 0
-        return self.out_size**2 * self.kernel**2 * (self.in_ch // self.groups) * self.out_ch
+        return area(self.out_size) * self.kernel**2 * (self.in_ch // self.groups) * self.out_ch
 
     @property
     def params(self) -> int:
@@ -133,30 +135,23 @@ class Node:
     @property
     def read(self) -> int:
         """How many numbers are in the first map that it reads."""
-        return self.in_ch * self.size**2
+        return self.in_ch * area(self.size)
 
     @property
     def written(self) -> int:
         """How many numbers are in the map that it makes."""
-        return self.out_ch * self.out_size**2
-
-
-def out_size(size: int, stride: int) -> int:
-    """Output height = width of a layer with padding ``kernel // 2``: ceil(size /
-    stride).
-    """
-    return -(-size // stride)  # ceil in integer arithmetic
+        return self.out_ch * area(self.out_size)
 
 
 @dataclass(frozen=True)
 class Program:
     """The nodes of a block in the order they run, and the values that are its outputs.
 
-    ``in_ch`` and ``size`` are the channels and the height = width of its input.
+    ``in_ch`` and ``size`` are the channels and the height and width of its input.
     """
 
     in_ch: int
-    size: int
+    size: Size
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
 
@@ -201,7 +196,7 @@ class Program:
         ``keep_input`` if another block reads this block's input later.
         """
         # Value 0 is the input, value i + 1 the result of node i.
-        sizes = [self.in_ch * self.size**2, *(node.written for node in self.nodes)]
+        sizes = [self.in_ch * area(self.size), *(node.written for node in self.nodes)]
         alive = {INPUT}
         for position, node in enumerate(self.nodes):
             ending = set(self.endings[position])
@@ -249,7 +244,7 @@ class ProgramWriter:
     """
 
     in_ch: int
-    size: int
+    size: Size
     nodes: list[Node] = field(default_factory=list)
 
     def channels_of(self, value: int) -> int:
@@ -258,8 +253,8 @@ class ProgramWriter:
             return self.in_ch
         return self.nodes[value - 1].out_ch
 
-    def size_of(self, value: int) -> int:
-        """Height = width of a value."""
+    def size_of(self, value: int) -> Size:
+        """Height and width of a value."""
         if value == INPUT:
             return self.size
         return self.nodes[value - 1].out_size

@@ -77,7 +77,7 @@ def peak_activation_bytes(arch: Architecture, dtype: Dtype = "fp32") -> int:
     the tapped maps until then.
     """
     if arch.graph:
-        image = (arch.in_channels, arch.resolution)
+        image = (arch.in_channels, arch.size)
         return max(live_numbers(arch.graph, arch.blocks, image)) * BYTES[dtype]
     return max(activation_bytes(op, dtype) for op in arch.ops())
 

@@ -98,7 +98,7 @@ class NASBench101Space(SearchSpace):
         self.check(picks)
         matrix_VV, ops = self._cell(picks)
         builder = GraphBuilder()
-        size = self.resolution
+        size = self.side
         channels = self.channels
         in_channels = channels
         point = builder.op(Conv(size, self.in_channels, channels, kernel=3, act="relu"), 0)

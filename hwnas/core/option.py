@@ -39,6 +39,7 @@ from functools import cache
 from typing import Any
 
 from hwnas.core.ops import UIB, Conv, Fused, Head, Op, separable
+from hwnas.core.size import Size
 from hwnas.errors import SpaceError
 
 SKIP = "skip"
@@ -102,7 +103,7 @@ class BlockOption:
         """
         return _KINDS[self.kind].residual
 
-    def op(self, in_ch: int, out_ch: int, size: int, stride: int, act: str, residual: bool) -> Op:
+    def op(self, in_ch: int, out_ch: int, size: Size, stride: int, act: str, residual: bool) -> Op:
         """The op that this option stands for, from ``in_ch`` to ``out_ch`` channels at
         an input height = width of ``size``. ``act`` and ``residual`` are those of the
         stage.
@@ -117,7 +118,7 @@ class BlockOption:
 class _SlotShape:
     """The properties of an op that come from its slot rather than its option."""
 
-    size: int
+    size: Size
     in_ch: int
     out_ch: int
     stride: int
@@ -125,7 +126,7 @@ class _SlotShape:
     residual: bool
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[Size, int, int]:
         """The first fields of every op."""
         return self.size, self.in_ch, self.out_ch
 

@@ -45,6 +45,7 @@ from collections.abc import Sequence
 from hwnas.core.arch import Architecture
 from hwnas.core.families import PROXYLESSNAS_FILTERS, Shape, fairnas, fbnet, proxylessnas
 from hwnas.core.search_space import SearchSpace
+from hwnas.core.size import Size
 from hwnas.core.space import MacroSpace
 from hwnas.core.ssdlite import SSDLiteSpec, split_expansion
 from hwnas.core.written import WRITTEN, Written, widened, written
@@ -199,7 +200,7 @@ def resolve_arch(
     name: str,
     space: SearchSpace,
     *,
-    resolution: int,
+    resolution: Size,
     classes: int,
     in_channels: int = 3,
     width: float = 1.0,
@@ -246,7 +247,7 @@ def split_width(name: str) -> tuple[str, float | None]:
 def published(
     name: str,
     *,
-    resolution: int | None = None,
+    resolution: Size | None = None,
     classes: int | None = None,
     bn_eps: float = 1e-3,
     in_channels: int = 3,
@@ -271,7 +272,8 @@ def published(
     if base not in NETWORKS:
         raise SpaceError(f"unknown network {name!r}; {nearest(base, NETWORKS)}")
 
-    default_resolution, default_classes = 224, 1000  # ImageNet
+    default_resolution: Size = 224  # ImageNet
+    default_classes = 1000
     if base == _SSDLITE:
         default_resolution, default_classes = 320, 90  # COCO
     elif base in WRITTEN:

@@ -20,6 +20,7 @@ from hwnas.core.choice import RESOLUTION, Choice, Option, Term
 from hwnas.core.detector import DetectorSpec
 from hwnas.core.detectors import AnySpec
 from hwnas.core.ops import Op
+from hwnas.core.size import SizeField, square
 from hwnas.core.space_head import Classifiers, Detectors, SpaceHead
 from hwnas.document import Document, nearest
 from hwnas.errors import ConfigError, SpaceError
@@ -30,8 +31,8 @@ __all__ = ["RESOLUTION", "Choice", "Option", "SearchSpace", "Term", "truncate"]
 class SearchSpace(Document):
     """Base class of all search spaces. The field ``kind`` names the subclass in a file.
 
-    ``resolution`` is the height = width of the input in pixels (the largest one, if the
-    resolution is searched), ``bn_eps`` the epsilon of every BN.
+    ``resolution`` is the height = width of the input in pixels, or both of them (the
+    largest one, if the resolution is searched), ``bn_eps`` the epsilon of every BN.
     """
 
     SCHEMA: ClassVar[str] = "hwnas.space"
@@ -46,7 +47,7 @@ class SearchSpace(Document):
     """
 
     name: str
-    resolution: int = Field(gt=0)
+    resolution: SizeField
     in_channels: int = 3
     classes: int = Field(gt=0)
     bn_eps: float = Field(default=1e-3, gt=0)
@@ -62,6 +63,13 @@ class SearchSpace(Document):
             if name in content and not content[name]:
                 del content[name]
         return content
+
+    @property
+    def side(self) -> int:
+        """Height = width of the input, for spaces that only take squares. Raises
+        SpaceError if it is none.
+        """
+        return square(self.resolution, f"space {self.name}")
 
     @property
     def head(self) -> SpaceHead:

@@ -32,6 +32,7 @@ from hwnas.core.detector import DetectorSpec
 from hwnas.core.ops import Op
 from hwnas.core.option import make_divisible
 from hwnas.core.search_space import RESOLUTION, Choice, Option, SearchSpace, Term
+from hwnas.core.size import Rectangle, Size
 from hwnas.core.space_head import last_stages
 from hwnas.core.space_stage import Slot, SpaceStage, block_key, depth_key, width_key
 from hwnas.document import nearest
@@ -65,8 +66,10 @@ class MacroSpace(SearchSpace):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
-        sizes = self.resolutions or (self.resolution,)
-        if len(set(sizes)) != len(sizes) or min(sizes) < 1 or max(sizes) != self.resolution:
+        sizes = self.resolutions
+        if sizes and (
+            len(set(sizes)) != len(sizes) or min(sizes) < 1 or max(sizes) != self.resolution
+        ):
             raise ValueError(
                 "resolutions must be different, and the largest must be resolution ="
                 f" {self.resolution}, got {list(sizes)}"
@@ -84,7 +87,7 @@ class MacroSpace(SearchSpace):
         slots: list[Slot] = []
         in_key = "input"  # the image: not the key of a choice
         in_widths: tuple[int, ...] = (self.in_channels,)
-        sizes = self.resolutions or (self.resolution,)
+        sizes: tuple[Size, ...] = self.resolutions or (self.resolution,)
 
         for i, stage in enumerate(self.stages):
             for j, options in enumerate(stage.slots):
@@ -245,7 +248,7 @@ class MacroSpace(SearchSpace):
         """
         positions = []
         channels = arch.in_channels
-        size = arch.resolution
+        size = arch.size
         for slot, op in self.walk(picks):
             if op is not None:
                 channels = op.out_ch
@@ -293,10 +296,10 @@ class MacroSpace(SearchSpace):
                 )
             return dict(arch.origin.picks)
 
-        sizes = self.resolutions or (self.resolution,)
+        sizes: tuple[Size, ...] = self.resolutions or (self.resolution,)
         matched = None
-        if arch.resolution in sizes:
-            size_index = sizes.index(arch.resolution)
+        if arch.size in sizes:
+            size_index = sizes.index(arch.size)
             matched = self._match(arch.blocks, 0, self.in_channels, size_index)
         if matched is None:
             raise SpaceError(
@@ -389,6 +392,13 @@ class MacroSpace(SearchSpace):
             }
             stages.append(stage.model_copy(update=update))
 
+        if isinstance(self.resolution, Rectangle):
+            if RESOLUTION in allowed:
+                raise SpaceError(
+                    f"space {self.name} takes images of {self.resolution} px, so its resolution"
+                    " cannot be restricted: remove it."
+                )
+            return self._changed(stages, name)
         sizes = _allowed_options(RESOLUTION, self.resolutions or (self.resolution,), allowed)
         resolutions = sizes if len(sizes) > 1 else ()
         return self._changed(stages, name, resolution=max(sizes), resolutions=resolutions)

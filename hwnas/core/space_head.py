@@ -20,6 +20,7 @@ from hwnas.core.detector import Detector, DetectorSpec
 from hwnas.core.head import ClassifierHead, DetectorHead
 from hwnas.core.ops import Classifier, Op
 from hwnas.core.option import parse_option
+from hwnas.core.size import Size
 from hwnas.core.space_stage import Slot, SpaceStage, has_pooled_head
 
 
@@ -47,9 +48,9 @@ class SpaceHead(ABC):
         """One term for every op of the head, in the order of ``Architecture.ops``."""
 
     @abstractmethod
-    def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
+    def blocks(self, channels: int, size: Size) -> tuple[Op, ...]:
         """The ops of the head that are blocks of the network, on a feature map of
-        ``channels`` x ``size`` x ``size``.
+        ``channels`` and this ``size``.
         """
 
     @abstractmethod
@@ -89,7 +90,7 @@ class Classifiers(SpaceHead):
         counts = {last.out_key: len(last.out_widths), RESOLUTION: len(last.out_sizes)}
         return (Term.over("classifier", counts, ops),)
 
-    def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
+    def blocks(self, channels: int, size: Size) -> tuple[Op, ...]:
         """The classifier."""
         return (Classifier(size, channels, self.classes),)
 
@@ -165,7 +166,7 @@ class Detectors(SpaceHead):
             terms.append(Term.over(name.replace(" ", ""), counts, ops))
         return tuple(terms)
 
-    def blocks(self, channels: int, size: int) -> tuple[Op, ...]:
+    def blocks(self, channels: int, size: Size) -> tuple[Op, ...]:
         """Empty: the neck and the heads come after the blocks."""
         return ()
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from hwnas.core.choice import Address
-from hwnas.core.ir import out_size
 from hwnas.core.ops import Op
 from hwnas.core.option import SKIP, Factors, factorise, parse_option
+from hwnas.core.size import Size, area, halved
 
 Residual = Literal["after_first", "matching"]
 """Which slots of a stage add their input to their output; see ``SpaceStage``."""
@@ -89,7 +89,7 @@ class Slot:
     it.
 
     ``index`` is its position in its stage. ``depths`` are those of the stage (empty if
-    all slots are always kept). ``sizes`` holds the input height = width at every
+    all slots are always kept). ``sizes`` holds the input size at every
     resolution of the space, in their order; ``size`` is the one at the largest
     resolution.
     """
@@ -104,7 +104,7 @@ class Slot:
     out_widths: tuple[int, ...]
     depth_key: str
     depths: tuple[int, ...]
-    sizes: tuple[int, ...]
+    sizes: tuple[Size, ...]
     stride: int
     act: str
     residual: Residual
@@ -115,16 +115,16 @@ class Slot:
         return self.index == 0
 
     @property
-    def size(self) -> int:
-        """Input height = width at the largest resolution."""
-        return max(self.sizes)
+    def size(self) -> Size:
+        """Input height and width at the largest resolution."""
+        return max(self.sizes, key=area)
 
     @property
-    def out_sizes(self) -> tuple[int, ...]:
-        """Output height = width at every resolution."""
+    def out_sizes(self) -> tuple[Size, ...]:
+        """Output height and width at every resolution."""
         if self.pooled:
             return (1,) * len(self.sizes)
-        return tuple(out_size(size, self.stride) for size in self.sizes)
+        return tuple(halved(size, self.stride) for size in self.sizes)
 
     @property
     def pooled(self) -> bool:
@@ -136,7 +136,7 @@ class Slot:
         """Whether some depth leaves it out."""
         return bool(self.depths) and self.index >= min(self.depths)
 
-    def op(self, option: str, in_ch: int, out_ch: int, size: int | None = None) -> Op | None:
+    def op(self, option: str, in_ch: int, out_ch: int, size: Size | None = None) -> Op | None:
         """The op of ``option`` from ``in_ch`` to ``out_ch`` channels at an input size
         (default: ``self.size``). None for skip.
         """

@@ -33,6 +33,7 @@ from pydantic import Field
 from hwnas.core.detector import Detector, DetectorSpec, FeatureShape, Scores, check_input
 from hwnas.core.graph import Step
 from hwnas.core.ops import Conv, DSConv, ExtraLayer, MBConv, Op, OpKey, SSDPredictor
+from hwnas.core.size import Size
 
 Ratio = Annotated[float, Field(gt=0)]
 
@@ -159,7 +160,7 @@ class SSDLiteSpec(DetectorSpec):
         )
 
 
-def _head(size: int, in_ch: int, classes: int) -> SSDPredictor:
+def _head(size: Size, in_ch: int, classes: int) -> SSDPredictor:
     """The predictors on a feature map."""
     out_ch = ANCHORS * (classes + 1)
     return SSDPredictor(size, in_ch, out_ch, kernel=3, act="relu6", anchors=ANCHORS)

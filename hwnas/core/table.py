@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from hwnas.core.ops import Op, check_key
+from hwnas.core.size import area
 from hwnas.document import Document, Record
 
 
@@ -186,7 +187,7 @@ class LatencyTable(Document):
 
 def _mvalues(op: Op, cap: float | None) -> float:
     """Millions of weights, inputs and outputs of an op, at most ``cap``."""
-    values = (op.params + op.in_ch * op.size**2 + op.out_ch * op.out_size**2) / 1e6
+    values = (op.params + op.in_ch * area(op.size) + op.out_ch * area(op.out_size)) / 1e6
     if cap is None:
         return values
     return min(values, cap)

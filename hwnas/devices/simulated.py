@@ -37,9 +37,7 @@ CONSTANT_MS = 0.005
 
 def simulated_ms(op: Op) -> float:
     """The latency of an op by the formula, in milliseconds."""
-    values = sum(
-        layer.in_ch * layer.size**2 + layer.out_ch * layer.out_size**2 for layer in op.layers
-    )
+    values = sum(layer.read + layer.written for layer in op.layers)
     return op.macs / MACS_PER_MS + 4 * (values + op.params) / BYTES_PER_MS + CONSTANT_MS
 
 

@@ -11,6 +11,7 @@ import torch
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Architecture
+from hwnas.core.size import area
 from hwnas.estimate.context import Context
 from hwnas.estimate.parts import Part, TimeEstimate, peak_memory
 from hwnas.export.interface import Interface
@@ -35,7 +36,7 @@ def disk_bytes(experiment: Experiment, arch: Architecture) -> float:
     for kind in experiment.export_formats:
         dtype = target(kind).dtype
         weights_bytes += arch.params * BYTES_OF_A_WEIGHT.get(dtype, BYTES_OF_A_WEIGHT["fp32"])
-    values = experiment.export.parity_images * arch.in_channels * arch.resolution**2
+    values = experiment.export.parity_images * arch.in_channels * area(arch.size)
     return weights_bytes + 4.0 * values
 
 
@@ -46,7 +47,7 @@ def of_export(ctx: Context) -> TimeEstimate:
     experiment = ctx.experiment
     arch = ctx.arch
     network = network_of(arch, generator=torch.Generator().manual_seed(0)).eval()
-    images = np.zeros((CALIBRATED, arch.resolution, arch.resolution, arch.in_channels), np.float32)
+    images = np.zeros((CALIBRATED, *arch.size_HW, arch.in_channels), np.float32)
     interface = Interface("float32", False, (0.0,) * arch.in_channels, (1.0,) * arch.in_channels)
     card = ModelCard(
         arch.name,

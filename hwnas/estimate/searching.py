@@ -244,7 +244,7 @@ def _evaluation_costs(evaluator: SupernetEvaluator, picks: Picks) -> _Costs:
     network = networks[0]
     network.to(memory_format=torch.channels_last)
     device = next(network.parameters()).device
-    size_px = network.arch.resolution
+    size_px = network.arch.size
 
     def batches(batch_size: int, limit: int) -> Iterator[Batch]:
         return evaluation_batches(

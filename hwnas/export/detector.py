@@ -29,15 +29,16 @@ class Decoded(nn.Module):
     def __init__(self, network: DetectionNetwork) -> None:
         super().__init__()
         self.network = network
-        self.size = float(network.arch.resolution)
+        height, width = network.arch.size_HW
         detector = detector_of(network.arch)
         self.sigmoid = detector.scores == "sigmoid"
         self.background = detector.background
+        self.register_buffer("edges_4", torch.tensor([width, height, width, height]).float())
         self.register_buffer("centres_A4", centres(network))
         self.register_buffer("scales_4", torch.tensor(detector.code_scales))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Images [N, channels, size, size] -> [N, anchors, 4 + classes]."""
+        """Images [N, channels, H, W] -> [N, anchors, 4 + classes]."""
         logits, codes = self.network(x_NCHW)
         # the softmax needs the background, so it is dropped only afterwards
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
@@ -46,7 +47,8 @@ class Decoded(nn.Module):
         codes = codes / self.get_buffer("scales_4")
         centre = codes[..., :2] * centres_A4[:, 2:] + centres_A4[:, :2]
         half = codes[..., 2:].clamp(max=LARGEST_GROWTH).exp() * (0.5 * centres_A4[:, 2:])
-        boxes = torch.cat((centre - half, centre + half), dim=-1).clamp(0.0, self.size)
+        boxes = torch.cat((centre - half, centre + half), dim=-1).clamp(min=0.0)
+        boxes = torch.minimum(boxes, self.get_buffer("edges_4"))
         return torch.cat((boxes, scores), dim=-1)
 
 

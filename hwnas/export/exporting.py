@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hwnas.core.size import as_pixels
 from hwnas.data.images import Images, Portion, evaluation_batches, load_images, sampled_images
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError, ExportError
@@ -116,7 +117,7 @@ def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict)
     config = ctx.experiment.export
     formats = ctx.experiment.export_formats
     arch = network.arch
-    data = ctx.experiment.data.at(arch.resolution)
+    data = ctx.experiment.data.at(as_pixels(arch.size))
     train = load_images(data, "train")
     test = load_images(data, "test")
     task.check_images(test, data.name, arch)

@@ -32,7 +32,7 @@ def add_decoding(network: DetectionNetwork, metadata: Mapping[str, str]) -> byte
 
     ``metadata`` goes into the file's ``metadata_props``.
     """
-    graph = OnnxWriter(network.arch.in_channels, network.arch.resolution)
+    graph = OnnxWriter(network.arch.in_channels, network.arch.size)
     logits, codes = graph.detector(IMAGE, network)
     graph.scope = "decode."
     boxes = _boxes(graph, codes, network)
@@ -80,8 +80,15 @@ def _boxes(graph: OnnxWriter, codes: str, network: DetectionNetwork) -> str:
     low = graph.operator("Sub", "low", [centre, half], graph.shape(half))
     high = graph.operator("Add", "high", [centre, half], graph.shape(half))
     boxes = graph.operator("Concat", "boxes", [low, high], graph.shape(codes), axis=2)
+    height, width = network.arch.size_HW
     first_edge = graph.floats("edge.low", np.array(0.0))
-    last_edge = graph.floats("edge.high", np.array(network.arch.resolution))
+    if height != width:
+        # Clip takes single numbers only
+        boxes = graph.operator("Clip", "boxes.low", [boxes, first_edge], graph.shape(boxes))
+        last_edges = graph.floats("edges.high", np.array([width, height, width, height], float))
+        inputs = [boxes, last_edges]
+        return graph.operator("Min", "boxes.inside", inputs, graph.shape(boxes))
+    last_edge = graph.floats("edge.high", np.array(height))
     return graph.operator(
         "Clip", "boxes.inside", [boxes, first_edge, last_edge], graph.shape(boxes)
     )

@@ -30,6 +30,7 @@ from hwnas import __version__
 from hwnas.core.detector import JOINED
 from hwnas.core.ir import Node
 from hwnas.core.ops import Op
+from hwnas.core.size import Size, sides
 from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
 from hwnas.nn.network import Network
@@ -59,7 +60,7 @@ def write_onnx(network: Network, metadata: Mapping[str, str] | None = None) -> b
     >>> len(write_onnx(network)) // 1_000_000  # MB
     13
     """
-    writer = OnnxWriter(network.arch.in_channels, network.arch.resolution)
+    writer = OnnxWriter(network.arch.in_channels, network.arch.size)
     outputs = writer.network(IMAGE, network)
     return writer.pack(dict(zip((LOGITS, "codes"), outputs, strict=False)), metadata or {})
 
@@ -86,9 +87,9 @@ class OnnxGraph:
 
     scope = ""
 
-    def __init__(self, in_channels: int, size: int) -> None:
+    def __init__(self, in_channels: int, size: Size) -> None:
         # in the order of the graph, starting with the input
-        self.shapes: dict[str, tuple[int, ...]] = {IMAGE: (1, in_channels, size, size)}
+        self.shapes: dict[str, tuple[int, ...]] = {IMAGE: (1, in_channels, *sides(size))}
         self._nodes: list[helper.NodeProto] = []
         self._constants: list[TensorProto] = []
         self._constant_shapes: dict[str, tuple[int, ...]] = {}
@@ -182,7 +183,7 @@ class OnnxWriter(OnnxGraph, BlockWriter[str]):
             self.floats(f"{node.name}.weight", weight_OIHW),
             self.floats(f"{node.name}.bias", bias_O),
         ]
-        shape = (1, node.out_ch, node.out_size, node.out_size)
+        shape = (1, node.out_ch, *sides(node.out_size))
         x = self.operator(
             "Conv",
             node.name,
@@ -215,7 +216,7 @@ class OnnxWriter(OnnxGraph, BlockWriter[str]):
         }
         if node.kind == "avgpool":
             options["count_include_pad"] = 0
-        shape = (1, node.out_ch, node.out_size, node.out_size)
+        shape = (1, node.out_ch, *sides(node.out_size))
         code = "AveragePool" if node.kind == "avgpool" else "MaxPool"
         return self.operator(code, node.name, [x], shape, **options)
 

@@ -197,8 +197,11 @@ class _Tail:
         )
         boxes = graph.concatenate("boxes", [low, high], axis=2)
         boxes = self._with("MAXIMUM", "boxes.low", boxes, np.array(0.0))
-        resolution = np.array(float(self.network.arch.resolution))
-        return self._with("MINIMUM", "boxes.inside", boxes, resolution)
+        height, width = self.network.arch.size_HW
+        edges = np.array([width, height, width, height], float)
+        if height == width:
+            edges = np.array(float(height))
+        return self._with("MINIMUM", "boxes.inside", boxes, edges)
 
     def task_codes(self) -> int:
         """The codes [1, anchors, 4] in the operator's order: ty, tx, th, tw."""
@@ -211,7 +214,8 @@ class _Tail:
 
     def task_anchors(self) -> int:
         """The anchors [anchors, 4] in the operator's order: centre y, centre x, height,
-        width, as fractions of the input size.
+        width, as fractions of the input's height and width.
         """
-        anchors = self.centres_A4[:, [1, 0, 3, 2]] / self.network.arch.resolution
+        height, width = self.network.arch.size_HW
+        anchors = self.centres_A4[:, [1, 0, 3, 2]] / np.array([height, width, height, width])
         return self.graph.constant("anchors", anchors)

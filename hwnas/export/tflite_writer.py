@@ -38,6 +38,7 @@ from torch import nn
 
 from hwnas.core.ir import Node
 from hwnas.core.ops import Op
+from hwnas.core.size import sides
 from hwnas.export.block_writer import BlockWriter, Numbers
 from hwnas.export.names import IMAGE, LOGITS
 from hwnas.export.tflite_file import TFLiteGraph
@@ -70,8 +71,7 @@ def write_tflite(network: Network) -> bytes:
     13
     """
     graph = _Writer()
-    size = network.arch.resolution
-    entry = graph.tensor(IMAGE, (1, size, size, network.arch.in_channels))
+    entry = graph.tensor(IMAGE, (1, *network.arch.size_HW, network.arch.in_channels))
     outputs = graph.network(entry, network)
     names = (LOGITS, "codes")[: len(outputs)]
     return graph.pack(entry, *graph.rename_tensors(names, outputs))
@@ -94,7 +94,7 @@ def write_op(op: Op, module: nn.Module) -> bytes:
     b'TFL3'
     """
     graph = _Writer()
-    entry = graph.tensor("input", (1, op.size, op.size, op.in_ch))
+    entry = graph.tensor("input", (1, *sides(op.size), op.in_ch))
     outputs = graph.block(entry, op, module)
     names = ("classes", "boxes") if len(outputs) > 1 else ("output",)
     return graph.pack(entry, *graph.rename_tensors(names, outputs))
@@ -110,8 +110,7 @@ def write_heads(network: DetectionNetwork) -> bytes:
     quantizer can choose a scale for each map.
     """
     graph = _Writer()
-    size = network.arch.resolution
-    entry = graph.tensor(IMAGE, (1, size, size, network.arch.in_channels))
+    entry = graph.tensor(IMAGE, (1, *network.arch.size_HW, network.arch.in_channels))
     outputs = []
     for classes, boxes in graph.predictions(entry, network):
         outputs += [classes, boxes]
@@ -146,7 +145,7 @@ class _Writer(TFLiteGraph, BlockWriter[int]):
         else:
             code = "CONV_2D"
             version = 1 if node.groups == 1 else 6
-        shape = (1, node.out_size, node.out_size, node.out_ch)
+        shape = (1, *sides(node.out_size), node.out_ch)
         options = _conv_options(node, act)
         x = self.operator(code, node.name, [x, weight, bias], shape, options, version=version)
         if node.act == "hsig":
@@ -160,10 +159,10 @@ class _Writer(TFLiteGraph, BlockWriter[int]):
         pad = _padding(node)
         if pad == 0:
             return x
-        padded = node.size + 2 * pad
         per_side = np.array([[0, 0], [pad, pad], [pad, pad], [0, 0]], np.int32)
         pads = self.constant(f"{node.name}.pads", per_side)
-        shape = (1, padded, padded, node.in_ch)
+        height, width = sides(node.size)
+        shape = (1, height + 2 * pad, width + 2 * pad, node.in_ch)
         return self.operator("PAD", f"{node.name}.pad", [x, pads], shape, schema.PadOptionsT())
 
     def linear(self, x: int, name: str, weight_OI: Numbers, bias_O: Numbers) -> int:
@@ -191,7 +190,7 @@ class _Writer(TFLiteGraph, BlockWriter[int]):
         options.strideH = options.strideW = node.stride
         same = _same_padding(node)
         options.padding = _padding_code(node)
-        shape = (1, node.out_size, node.out_size, node.out_ch)
+        shape = (1, *sides(node.out_size), node.out_ch)
         code = "AVERAGE_POOL_2D" if node.kind == "avgpool" else "MAX_POOL_2D"
         if same or _padding(node) == 0:
             return self.operator(code, node.name, [x], shape, options)
@@ -210,15 +209,17 @@ class _Writer(TFLiteGraph, BlockWriter[int]):
         reach beyond the image: SLICE, CONCATENATION.
         """
         before = _padding(node)
+        size = sides(node.size)[axis - _HEIGHT]
+        out_size = sides(node.out_size)[axis - _HEIGHT]
         # from the first row of the padding to the last row of the last window
-        covered = (node.out_size - 1) * node.stride + node.kernel
-        after = covered - node.size - before
+        covered = (out_size - 1) * node.stride + node.kernel
+        after = covered - size - before
 
         parts = [x]
         if before > 0:
             parts.insert(0, self._edge(x, node, axis, begin=0, count=before))
         if after > 0:
-            parts.append(self._edge(x, node, axis, begin=node.size - after, count=after))
+            parts.append(self._edge(x, node, axis, begin=size - after, count=after))
         return self.concatenate(f"{node.name}.{axis}", parts, axis)
 
     def _edge(self, x: int, node: Node, axis: int, *, begin: int, count: int) -> int:
@@ -390,16 +391,21 @@ def _same_padding(node: Node) -> bool:
     """Whether TFLite's SAME pads each side as PyTorch does, which includes that neither
     pads at all. With padding and stride 2, this holds only for odd image sizes.
     """
-    # from the first cell of the first window to the last cell of the last one
-    covered = (node.out_size - 1) * node.stride + node.dilation * (node.kernel - 1) + 1
-    return max(0, covered - node.size) == 2 * _padding(node)
+    for size, out_size in zip(sides(node.size), sides(node.out_size), strict=True):
+        # from the first cell of the first window to the last cell of the last one
+        covered = (out_size - 1) * node.stride + node.dilation * (node.kernel - 1) + 1
+        if max(0, covered - size) != 2 * _padding(node):
+            return False
+    return True
 
 
 def _padding_ratios(node: Node) -> Numbers:
     """For each window, the number of its cells divided by the number of those inside
-    the image: [out_size, out_size].
+    the image: [output height, output width].
     """
-    starts = np.arange(node.out_size) * node.stride - _padding(node)
-    inside = np.minimum(starts + node.kernel, node.size) - np.maximum(starts, 0)
-    ratios: Numbers = node.kernel**2 / np.outer(inside, inside)
+    inside = []
+    for size, out_size in zip(sides(node.size), sides(node.out_size), strict=True):
+        starts = np.arange(out_size) * node.stride - _padding(node)
+        inside.append(np.minimum(starts + node.kernel, size) - np.maximum(starts, 0))
+    ratios: Numbers = node.kernel**2 / np.outer(*inside)
     return ratios

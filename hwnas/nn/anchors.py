@@ -14,6 +14,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detection import detector_of
 from hwnas.core.detector import Detector
 from hwnas.core.fcos import FCOS
+from hwnas.core.size import Size, sides
 from hwnas.core.ssdlite import SSDLite
 
 
@@ -23,42 +24,49 @@ def anchors_of(arch: Architecture) -> Tensor:
     edges.
     """
     detector = detector_of(arch)
-    return ANCHORS[type(detector)](detector, arch.resolution)
+    return ANCHORS[type(detector)](detector, arch.size)
 
 
-def squares(detector: FCOS, resolution: int, strides: float) -> Tensor:
-    """Squares of that many strides at the centres of all cells, float32 [cells, 4]."""
+def squares(detector: FCOS, resolution: Size, strides: float) -> Tensor:
+    """Squares of that many strides at the centres of all cells, float32 [cells, 4], for
+    images of the size ``resolution``.
+    """
     boxes = []
     for head in detector.heads:
-        stride = resolution / head.size
-        centres = (torch.arange(head.size) + 0.5) * stride
-        y_SS, x_SS = torch.meshgrid(centres, centres, indexing="ij")
-        points_A2 = torch.stack((x_SS, y_SS), dim=-1).reshape(-1, 2)
+        rows, columns = sides(head.size)
+        # maps halve exactly except after the last tap, whose stride may be a fraction
+        stride = max(sides(resolution)) / max(rows, columns)
+        y_HW, x_HW = torch.meshgrid(
+            (torch.arange(rows) + 0.5) * stride,
+            (torch.arange(columns) + 0.5) * stride,
+            indexing="ij",
+        )
+        points_A2 = torch.stack((x_HW, y_HW), dim=-1).reshape(-1, 2)
         half = strides * stride / 2
         boxes.append(torch.cat((points_A2 - half, points_A2 + half), dim=1))
     return torch.cat(boxes)
 
 
-def _default_boxes(detector: SSDLite, resolution: int) -> Tensor:
+def _default_boxes(detector: SSDLite, resolution: Size) -> Tensor:
     """SSD's, by torchvision."""
     generator = DefaultBoxGenerator(
         [list(ratios) for ratios in detector.aspect_ratios],
         min_ratio=detector.min_ratio,
         max_ratio=detector.max_ratio,
     )
-    size = (resolution, resolution)
+    size = sides(resolution)
     # the generator reads only the shapes of the maps
-    maps = [torch.empty(1, 0, head.size, head.size) for head in detector.heads]
+    maps = [torch.empty(1, 0, *sides(head.size)) for head in detector.heads]
     boxes_A4: Tensor = generator(ImageList(torch.empty(1, 0, *size), [size]), maps)[0]
     return boxes_A4
 
 
-def _anchor_squares(detector: FCOS, resolution: int) -> Tensor:
+def _anchor_squares(detector: FCOS, resolution: Size) -> Tensor:
     """One square per cell."""
     return squares(detector, resolution, detector.side)
 
 
-ANCHORS: Mapping[type[Detector], Callable[[Any, int], Tensor]] = {
+ANCHORS: Mapping[type[Detector], Callable[[Any, Size], Tensor]] = {
     SSDLite: _default_boxes,
     FCOS: _anchor_squares,
 }

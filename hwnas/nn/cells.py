@@ -153,14 +153,14 @@ class CellSupernet(Supernet):
         ``probes`` must be empty: options of cells cannot be probed.
         """
         assert not probes, "options of cells are not probed"
-        x_NCHW = resized(x_NCHW, self.proxy_resolution() or self.space.resolution)
+        x_NCHW = resized(x_NCHW, self.proxy_resolution() or self.space.side)
         listed = with_values(gates)
         points: dict[int, Tensor | None] = {0: x_NCHW}
         for position, (step, part) in enumerate(zip(self.steps, self.parts, strict=True)):
             inputs = [points[point] for point in step.of]
             # a node without any edge is zero, but later layers still need its shape
             if step.kind == "sum" and all(map_NCHW is None for map_NCHW in inputs):
-                size = step.size * x_NCHW.shape[-1] // self.space.resolution
+                size = step.size * x_NCHW.shape[-1] // self.space.side
                 zeros = x_NCHW.new_zeros((x_NCHW.shape[0], step.channels, size, size))
                 points[position + 1] = zeros.contiguous(memory_format=torch.channels_last)
             else:

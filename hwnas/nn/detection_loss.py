@@ -45,6 +45,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detection import detector_of
 from hwnas.core.detector import CODE_SIZE, Detector, PostProcessing
 from hwnas.core.fcos import FCOS
+from hwnas.core.size import area
 from hwnas.core.ssdlite import SSDLite
 from hwnas.nn.anchors import anchors_of, squares
 from hwnas.nn.detector import Outputs
@@ -138,7 +139,7 @@ class FCOSLoss(DetectionLoss):
         super().__init__()
         detector = detector_of(arch)
         assert isinstance(detector, FCOS), f"{arch.name} has no FCOS"
-        self.cells = [head.size**2 for head in detector.heads]
+        self.cells = [area(head.size) for head in detector.heads]
         quality = _QualityLoss(anchors_of(arch), BoxCoder(detector.code_scales))
         backbone = nn.Identity()
         backbone.out_channels = 1  # type: ignore[assignment]  # torchvision asks for it
@@ -150,7 +151,7 @@ class FCOSLoss(DetectionLoss):
             center_sampling_radius=CENTRE_RADIUS,
         )
         # torchvision reads the strides from the sides of these squares
-        points_A4 = squares(detector, arch.resolution, 1.0)
+        points_A4 = squares(detector, arch.size, 1.0)
         self.register_buffer("points_A4", points_A4, persistent=False)
 
     def parts(self, outputs: Outputs, y_NM5: Tensor) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class IndependentNetworks(GatedNetworks):
         assert not probes and not skip_dropout, "networks that share nothing have nothing to probe"
         indices = tuple(int(gates[choice.key].argmax()) for choice in self.space.choices)
         network = self._network(indices)
-        outputs: Tensor | Outputs = network(resized(x_NCHW, network.arch.resolution))
+        outputs: Tensor | Outputs = network(resized(x_NCHW, network.arch.size))
         return outputs
 
     def arch(self, picks: Mapping[str, Option]) -> Architecture:

@@ -47,7 +47,7 @@ class PostProcessor(nn.Module):
         super().__init__()
         config = config or PostProcessing()
         detector = detector_of(arch)
-        self.size = (arch.resolution, arch.resolution)
+        self.size = arch.size_HW
         self.classes = detector.classes
         self.sigmoid = detector.scores == "sigmoid"
         self.background = detector.background
@@ -87,7 +87,7 @@ def torchvision_ssd(arch: Architecture, config: PostProcessing) -> SSD:
     ssd = SSD(
         nn.Identity(),
         None,
-        (arch.resolution, arch.resolution),
+        arch.size_HW,
         detector.classes + 1,
         head=nn.Identity(),
         score_thresh=config.min_score,

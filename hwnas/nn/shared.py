@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hwnas.config import SupernetConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.gates import Gates, Probes
+from hwnas.core.size import Rectangle, Size, sides
 from hwnas.core.space import Option, SearchSpace, Slot
 from hwnas.errors import ConfigError
 from hwnas.nn.checkpoint import save_tensors_atomically
@@ -185,13 +186,13 @@ class Supernet(GatedNetworks):
         )
 
 
-def resized(x_NCHW: Tensor, size: int | None) -> Tensor:
-    """Images [N, C, H, W] scaled to [N, C, size, size]; unchanged if they have that
-    size, or if ``size`` is None.
+def resized(x_NCHW: Tensor, size: Size | None) -> Tensor:
+    """Images [N, C, H, W] scaled to a size; unchanged if they have it, or if ``size`` is
+    None.
     """
-    if size is None or x_NCHW.shape[-1] == size:
+    if size is None or x_NCHW.shape[-2:] == sides(size):
         return x_NCHW
-    scaled = F.interpolate(x_NCHW, size=(size, size), mode="bilinear", antialias=True)
+    scaled = F.interpolate(x_NCHW, size=sides(size), mode="bilinear", antialias=True)
     return scaled.contiguous(memory_format=torch.channels_last)
 
 
@@ -212,7 +213,14 @@ def check_proxy_resolution(space: SearchSpace, config: SupernetConfig, multiple:
     divisible by ``multiple``, which the strides of its networks require.
     """
     size = config.proxy_resolution
-    if size is not None and (size >= space.resolution or size % multiple):
+    if size is None:
+        return
+    if isinstance(space.resolution, Rectangle):
+        raise ConfigError(
+            f"search.supernet.proxy_resolution = {size} is a square, but the images of space"
+            f" {space.name} have {space.resolution} px: remove it."
+        )
+    if size >= space.resolution or size % multiple:
         divisible = f" and divisible by {multiple}" if multiple > 1 else ""
         raise ConfigError(
             f"search.supernet.proxy_resolution = {size} must be below the {space.resolution} px"

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hwnas.core.metric import OF_LOSS, shown
 from hwnas.core.ops import Op, kinds
+from hwnas.core.size import Size, area, by
 from hwnas.core.table import Entry, HeldOutErrors
 from hwnas.report.documents import Rows
 from hwnas.report.style import KERNEL_MARKERS, LIGHT, canvas, inline_svg, kernel_colour
@@ -296,13 +297,13 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
     """Every entry of a table as a dot: one row per kind and input size, kernel sizes by
     colour and shape, noisy entries ringed.
     """
-    groups: dict[tuple[str, int], list[tuple[Op, Entry]]] = defaultdict(list)
+    groups: dict[tuple[str, Size], list[tuple[Op, Entry]]] = defaultdict(list)
     for key, entry in table_entries.items():
         op = Op.parse(key)
         groups[op.kind, op.size].append((op, entry))
     kind_order = kinds()
     # from the input of a network to its output, as its blocks run
-    order = sorted(groups, key=lambda group: (-group[1], kind_order.index(group[0])))
+    order = sorted(groups, key=lambda group: (-area(group[1]), kind_order.index(group[0])))
     values = [entry.ms for entry in table_entries.values()]
     noisy = sum(entry.noisy for entry in table_entries.values())
     with canvas(FULL, 90 + 40 * len(order)) as figure:
@@ -316,7 +317,7 @@ def entries(table_entries: dict[str, Entry]) -> Markup:
             axes.xaxis.set_major_formatter(FuncFormatter(Ticks()))
             axes.xaxis.set_minor_formatter(FuncFormatter(_minor_label))
             axes.grid(which="minor", axis="x", alpha=0.5)
-        axes.set_yticks(range(len(order)), [f"{kind}  {size}×{size}" for kind, size in order])
+        axes.set_yticks(range(len(order)), [f"{kind}  {by(size, '×')}" for kind, size in order])
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_xlabel("latency, ms (bars: 10th to 90th percentile of the runs)")
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Arc, Rectangle
 
 from hwnas.core.arch import Position
 from hwnas.core.ops import Op
+from hwnas.core.size import by
 from hwnas.report.charts import FULL
 from hwnas.report.style import LIGHT, canvas, inline_svg, kernel_colour
 
@@ -66,8 +67,8 @@ def describe(positions: Sequence[Position]) -> str:
     counts = Counter(op.kernel for op in kept if op.kernel > 1)
     kernels = ", ".join(f"{counts[kernel]} with kernel {kernel}" for kernel in sorted(counts))
     return (
-        f"Drawing of the architecture: {len(kept)} blocks from {kept[0].in_ch} x {kept[0].size} x"
-        f" {kept[0].size} to {kept[-1].out_ch} outputs, {skipped} slots skipped; {kernels}. The"
+        f"Drawing of the architecture: {len(kept)} blocks from {kept[0].in_ch} x"
+        f" {by(kept[0].size)} to {kept[-1].out_ch} outputs, {skipped} slots skipped; {kernels}. The"
         " table below lists the blocks."
     )
 
@@ -187,7 +188,7 @@ def _labels(axes: Axes, positions: Sequence[Position], gutter: float) -> None:
         end = start + len(list(members))
         axes.plot([start - 0.4, end - 0.6], [4.12, 4.12], color=LIGHT["muted"], lw=1)
         # below a single bar there is only room for one number
-        text = f"{size}×{size}" if end - start > 1 else f"{size}"
+        text = by(size, "×") if end - start > 1 else str(size)
         axes.text((start + end - 1) / 2, 4.55, text, ha="center", va="center", size=10.5)
         start = end
 

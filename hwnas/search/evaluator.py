@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hwnas.config import Experiment
 from hwnas.core.arch import Picks
+from hwnas.core.size import Size
 from hwnas.data.images import Batch, Images, evaluation_batches, load_images
 from hwnas.nn.bn import recalibrate
 from hwnas.nn.network import Network
@@ -66,7 +67,7 @@ class SupernetEvaluator:
         batches = self.recalibration()
         if batches:
             device = next(network.parameters()).device
-            size = network.arch.resolution
+            size = network.arch.size
             recalibrate(network, (to_network_input(x_NCHW, device, size) for x_NCHW, _ in batches))
         return network
 
@@ -149,6 +150,6 @@ class SupernetEvaluator:
         return evaluation_batches(images, size, limit=limit, workers=self.workers)
 
 
-def to_network_input(x_NCHW: Tensor, device: torch.device, size: int) -> Tensor:
-    """Images on ``device``, in the networks' memory layout, at ``size`` pixels."""
+def to_network_input(x_NCHW: Tensor, device: torch.device, size: Size) -> Tensor:
+    """Images on ``device``, in the networks' memory layout, at that size."""
     return resized(x_NCHW.to(device, memory_format=torch.channels_last), size)

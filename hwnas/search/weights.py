@@ -169,7 +169,7 @@ class SupernetWeights:
         # BN normalises by the statistics of the batch, as in the super-net.
         self.teacher.train()
         with self.engine.autocast():
-            logits = self.teacher(resized(x_NCHW, self.teacher.arch.resolution))
+            logits = self.teacher(resized(x_NCHW, self.teacher.arch.size))
             return torch.softmax(logits.float(), 1)
 
     @torch.no_grad()

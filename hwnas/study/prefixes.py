@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hwnas.core.ops import Op
+from hwnas.core.size import area
 from hwnas.nn.bn import recalibrating
 from hwnas.nn.classifier import ClassificationNetwork
 
@@ -60,7 +61,7 @@ class Maps:
     def size(self, op: Op) -> int:
         """The size in bytes of the output of ``op`` for these maps."""
         images = sum(len(x_NCHW) for x_NCHW in (*self.estimating, *self.evaluated))
-        return images * op.out_ch * op.out_size**2 * self.evaluated[0].element_size()
+        return images * op.out_ch * area(op.out_size) * self.evaluated[0].element_size()
 
 
 @dataclass(frozen=True)

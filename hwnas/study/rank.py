@@ -17,6 +17,7 @@ from hwnas import __version__
 from hwnas.config import Experiment, ScoreName, StudyConfig
 from hwnas.config.decisive import decisive
 from hwnas.core.arch import Picks
+from hwnas.core.size import as_pixels
 from hwnas.core.space import SearchSpace
 from hwnas.core.statistics import spearman
 from hwnas.data.fingerprint import fingerprint
@@ -187,13 +188,13 @@ def _scores_sha256(experiment: Experiment, trained: TrainedSupernet) -> str:
 
 
 def _at_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
-    return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
+    return experiment.model_copy(update={"data": experiment.data.at(as_pixels(space.resolution))})
 
 
-def _blocks(space: SearchSpace, picks: Picks) -> tuple[int, list[str]]:
+def _blocks(space: SearchSpace, picks: Picks) -> tuple[tuple[int, int], list[str]]:
     """The resolution and the keys of the blocks of an architecture: a sort key."""
     arch = space.decode(picks)
-    return arch.resolution, [op.key for op in arch.ops()]
+    return arch.size_HW, [op.key for op in arch.ops()]
 
 
 def _scorer(experiment: Experiment, space: SearchSpace, trained: TrainedSupernet) -> Scorer:

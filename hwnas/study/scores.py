@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from hwnas.config import ScoreName
 from hwnas.core.arch import Picks
+from hwnas.core.size import Size
 from hwnas.nn.classifier import ClassificationNetwork
 from hwnas.nn.supernet import Supernet, resized
 from hwnas.search.angle import Angles, weights
@@ -61,7 +62,7 @@ class Scorer:
         self.supernet = trained
         self.initial = initial.eval()
         self.angles = Angles(base or self.initial, self.supernet)
-        self._prefixes: dict[tuple[int, bool], Prefixes] = {}
+        self._prefixes: dict[tuple[Size, bool], Prefixes] = {}
         self.calculations: dict[ScoreName, Callable[[Picks], dict[str, float]]] = {
             "accuracy": self._recalibrated,
             "loss": self._recalibrated,
@@ -96,7 +97,7 @@ class Scorer:
     def _evaluated(self, picks: Picks, recalibrated: bool) -> dict[str, float]:
         """Top-1 accuracy in 0..1 and mean cross-entropy over the evaluation images."""
         network = _classifier(self.supernet, picks).to(memory_format=torch.channels_last)
-        prefixes = self._prefixes_of(network.arch.resolution, recalibrated)
+        prefixes = self._prefixes_of(network.arch.size, recalibrated)
         logits_NK = torch.cat(prefixes.logits(network)).float()
         y_N = torch.cat([y for _, y in self.evaluator.evaluation()]).to(logits_NK.device)
         return {
@@ -104,7 +105,7 @@ class Scorer:
             "loss": float(F.cross_entropy(logits_NK, y_N)),
         }
 
-    def _prefixes_of(self, size: int, recalibrated: bool) -> Prefixes:
+    def _prefixes_of(self, size: Size, recalibrated: bool) -> Prefixes:
         """The prefixes that run networks of a resolution. Those of other resolutions are
         freed: their maps take much memory, and architectures come sorted by resolution.
         """
@@ -134,7 +135,7 @@ class Scorer:
         batch_size = self.evaluator.config.batch_size
         x_NCHW, y = self.evaluator.evaluation()[0]
         x_NCHW, y = x_NCHW[:batch_size], y[:batch_size]
-        x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.resolution)
+        x_NCHW = resized(x_NCHW.to(_device(network)), network.arch.size)
         network.train()
         loss = F.cross_entropy(network(x_NCHW), y.to(x_NCHW.device))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -157,7 +158,7 @@ def synflow(network: ClassificationNetwork) -> float:
         for weight in weights(network):
             weight.abs_()
     arch = network.arch
-    shape = (1, arch.in_channels, arch.resolution, arch.resolution)
+    shape = (1, arch.in_channels, *arch.size_HW)
     ones_NCHW = torch.ones(shape, dtype=torch.float64, device=_device(network))
     network(ones_NCHW).sum().backward()
     pairs = _weights_with_gradients(network)

@@ -27,6 +27,7 @@ import numpy as np
 from hwnas.core.arch import Architecture
 from hwnas.core.ops import Op
 from hwnas.core.published import NETWORKS, is_name, published
+from hwnas.core.size import area
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable, TableHeader
 from hwnas.document import file_sha256, nearest
@@ -137,7 +138,7 @@ def architecture(text: str, space: SearchSpace, folder: Path) -> Architecture:
             " document, positions of options, or picks as JSON; of published networks,"
             f" {nearest(text, NETWORKS)}"
         )
-    resolution = max(op.size for op in space.ops)
+    resolution = max((op.size for op in space.ops), key=area)
     return published(text, resolution=resolution, classes=space.ops[-1].out_ch)
 
 

@@ -38,6 +38,7 @@ import numpy as np
 from hwnas.core.clock import is_possible
 from hwnas.core.cost import check_coverage, op_ms
 from hwnas.core.ops import Op
+from hwnas.core.size import area
 from hwnas.core.table import LatencyTable
 from hwnas.errors import TableError
 
@@ -213,5 +214,5 @@ def _counts(op: Op) -> tuple[float, ...]:
             depthwise += layer.macs
     if op.pooled or op.residual:
         # Pooling and the residual connection read the op's input outside the layers.
-        moved += op.in_ch * op.size**2
+        moved += op.in_ch * area(op.size)
     return len(op.layers), op.macs - depthwise, depthwise, moved, op.params

@@ -63,7 +63,7 @@ class ClassificationQuality(SearchQuality):
     ) -> float:
         """Accuracy at the network's own resolution, or 1 / (1 + mean loss of an image)."""
         # lazily, so that only one resized batch is in memory
-        sized = ((resized(x_NCHW, network.arch.resolution), y) for x_NCHW, y in batches)
+        sized = ((resized(x_NCHW, network.arch.size), y) for x_NCHW, y in batches)
         if self.by_loss:
             return of_mean_loss(network, sized, self.criterion())
         return accuracy(network, sized)

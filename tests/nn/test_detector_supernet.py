@@ -14,6 +14,7 @@ from torch import nn
 
 from hwnas.config import SupernetConfig
 from hwnas.core.fcos import FCOSSpec
+from hwnas.core.size import sides
 from hwnas.core.space import MacroSpace, SpaceStage
 from hwnas.core.spaces import nasbench201
 from hwnas.errors import CheckpointError, ConfigError
@@ -27,8 +28,8 @@ from tests.core.test_detector_space import classifiers, detectors
 torch.set_num_threads(1)
 
 
-def images(count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+def images(count: int = 4, size: tuple[int, int] = (64, 64)) -> torch.Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(3))
 
 
 def supernet_of(space: MacroSpace, seed: int = 0, **config: Any) -> MacroSupernet:
@@ -48,6 +49,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 SPACES: dict[str, MacroSpace] = {
     "ssdlite": detectors(),
     "fcos": classifiers().with_detector(FCOSSpec(channels=16)),
+    "wide": MacroSpace.model_validate({**detectors().model_dump(), "resolution": (64, 96)}),
 }
 
 
@@ -56,7 +58,8 @@ SPACES: dict[str, MacroSpace] = {
 @torch.no_grad()
 def test_one_hot_gates_give_the_extracted_detector(config: dict[str, Any], kind: str) -> None:
     space = SPACES[kind]
-    supernet, x_NCHW = supernet_of(space, **config).eval(), images()
+    supernet = supernet_of(space, **config).eval()
+    x_NCHW = images(size=sides(space.resolution))
     for seed in range(4):
         picks = space.sample(np.random.default_rng(seed))
         network = supernet.extract(picks)
@@ -80,7 +83,7 @@ def test_every_gate_gets_a_gradient_from_the_detectors_outputs(kind: str) -> Non
         choice.key: torch.full((len(choice.options),), 1 / len(choice.options), requires_grad=True)
         for choice in space.choices
     }
-    logits, codes = supernet(images(), gates)
+    logits, codes = supernet(images(size=sides(space.resolution)), gates)
     (logits.square().mean() + codes.square().mean()).backward()
     for key, gate in gates.items():
         assert gate.grad is not None and gate.grad.abs().max() > 0, key

@@ -7,8 +7,9 @@ computes. In tables and files it is written as a key, for instance::
     mbconv-h56-i32-o32-m96-k5-relu-id
 
 The kind comes first, then its fields: numbers after a letter, words as they are, flags
-if they are set. ``h`` is the input height = width, ``i`` and ``o`` are the input and
-output channels; the other fields are specific to the kind. Fields at their defaults are
+if they are set. ``h`` is the input height = width (``h20w40``: height 20, width 40),
+``i`` and ``o`` are the input and output channels; the other fields are specific to the
+kind. Fields at their defaults are
 left out, so adding a field does not change old keys. ``Op.parse(op.key) == op``.
 
 To add a kind, register one class with its fields, its checks and its program.
@@ -29,7 +30,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
-from hwnas.core.ir import Node, Program, ProgramWriter, out_size
+from hwnas.core.ir import Node, Program, ProgramWriter
+from hwnas.core.size import Rectangle, Size, halved, sides, size_of
 from hwnas.errors import SpaceError
 
 ACTIVATIONS = ("none", "relu", "relu6", "hswish", "silu")
@@ -105,6 +107,8 @@ class _Field:
 
     def part(self, value: Any) -> str:
         """The part of a key that stands for ``value``."""
+        if isinstance(value, Rectangle):
+            return f"{self.letter}{value.height}w{value.width}"
         if self.letter:
             return f"{self.letter}{value}"
         return self.flag or str(value)
@@ -138,11 +142,13 @@ def _parsed(kind: type[Op], part: str) -> _Part | None:
     """Read one part of a key; None if it is not a field of the kind. Cached, because the
     keys of a table have few different parts.
     """
-    match = re.fullmatch(r"([a-z])([0-9]+)", part)
+    match = re.fullmatch(r"([a-z])([0-9]+)(w[0-9]+)?", part)
     for position, item in enumerate(_fields(kind)):
         value: Any
-        if match and item.letter == match[1]:
+        if match and item.letter == match[1] and (not match[3] or item.name == "size"):
             value = int(match[2])
+            if match[3]:
+                value = size_of(value, int(match[3][1:]))
         elif item.flag and item.flag == part:
             value = True
         elif part in item.words:
@@ -156,8 +162,8 @@ def _parsed(kind: type[Op], part: str) -> _Part | None:
 
 @dataclass(frozen=True)
 class Op(ABC):
-    """A block and its shape: input height = width, input channels, output channels. The
-    module's docstring describes the key.
+    """A block and its shape: input height and width, input channels, output channels.
+    The module's docstring describes the key.
     """
 
     KIND: ClassVar[str]
@@ -168,7 +174,7 @@ class Op(ABC):
     WORD: ClassVar[str] = ""
     """Its name in drawings, if that is not its kind."""
 
-    size: int = number("h")
+    size: Size = number("h")  # noqa: RUF009 - it makes a field
     in_ch: int = number("i")
     out_ch: int = number("o")
 
@@ -188,7 +194,7 @@ class Op(ABC):
             value = values[item.name]
             # A default of 0 means that the block has no such part, so 0 is allowed.
             least = 0 if item.default == 0 else 1
-            if item.letter and value < least:
+            if item.letter and min(sides(value)) < least:
                 raise SpaceError(
                     f"op {self.key} has a size, width, kernel, stride or group count below 1."
                 )
@@ -281,9 +287,9 @@ class Op(ABC):
         return op
 
     @property
-    def out_size(self) -> int:
-        """Output height = width; 1 after global pooling."""
-        return out_size(self.size, self.stride)
+    def out_size(self) -> Size:
+        """Output height and width; 1 after global pooling."""
+        return halved(self.size, self.stride)
 
     @property
     def pooled(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from hwnas.core.ir import INPUT, ProgramWriter
 from hwnas.core.ops.base import Op, activation, flag, number, register, word
+from hwnas.core.size import Size
 from hwnas.errors import SpaceError
 
 SE_GATES = ("sigmoid", "hsig")
@@ -184,7 +185,7 @@ class Classifier(Op):
 
 
 def separable(
-    size: int, in_ch: int, out_ch: int, mid_ch: int = 0, **fields: Any
+    size: Size, in_ch: int, out_ch: int, mid_ch: int = 0, **fields: Any
 ) -> DSConv | MBConv:
     """A separable block: ``MBConv`` with ``mid_ch`` expanded channels, or ``DSConv`` if
     ``mid_ch`` is 0. ``fields`` are further fields of either.

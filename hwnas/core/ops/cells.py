@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from hwnas.core.ir import INPUT, ProgramWriter
 from hwnas.core.ops.base import Op, activation, flag, number, register
+from hwnas.core.size import sides
 from hwnas.errors import SpaceError
 
 
@@ -92,7 +93,7 @@ class Pool(Op):
         """Pooling keeps the channels, and even windows tile the map."""
         if self.in_ch != self.out_ch:
             raise SpaceError(f"op {self.key}: a {self.KIND} does not change the width.")
-        if self.kernel % 2 == 0 and self.size % self.kernel:
+        if self.kernel % 2 == 0 and any(side % self.kernel for side in sides(self.size)):
             raise SpaceError(
                 f"op {self.key}: windows of {self.kernel} pixels do not tile {self.size} pixels."
             )
@@ -134,7 +135,7 @@ class _Halving(Op):
 
     def check_halving(self) -> None:
         """Raise SpaceError if the stride is not 2 or the size is odd."""
-        if self.stride != 2 or self.size % 2:
+        if self.stride != 2 or any(side % 2 for side in sides(self.size)):
             raise SpaceError(f"op {self.key}: a {self.KIND} needs stride 2 and an even size.")
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from hwnas.core.ir import INPUT, ProgramWriter
 from hwnas.core.ops.base import Op, activation, number, register
+from hwnas.core.size import Size, each_side
 from hwnas.errors import SpaceError
 
 
@@ -66,9 +67,9 @@ class Upsample(Op):
             raise SpaceError(f"op {self.key}: an upsample does not change the channels.")
 
     @property
-    def out_size(self) -> int:
-        """Twice the input's height = width."""
-        return 2 * self.size
+    def out_size(self) -> Size:
+        """Twice the input's height and width."""
+        return each_side(self.size, lambda side: 2 * side)
 
     def write(self, write: ProgramWriter) -> int:
         """One node."""

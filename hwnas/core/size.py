@@ -1,0 +1,133 @@
+"""The height and width of images and feature maps.
+
+Nearly all networks see squares, so a ``Size`` is a plain number, the height = width, or
+else a ``Rectangle``. A rectangle is never a square, so equal sizes compare equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from hwnas.errors import SpaceError
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A height and another width, in pixels."""
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        assert self.height != self.width, "a square is a number"
+
+    def __str__(self) -> str:
+        return f"{self.height} x {self.width}"
+
+
+Size: TypeAlias = int | Rectangle
+"""A height = width, or a rectangle."""
+
+
+def size_of(height: int, width: int) -> Size:
+    """The size of these sides."""
+    if height == width:
+        return height
+    return Rectangle(height, width)
+
+
+def as_size(pixels: int | tuple[int, int]) -> Size:
+    """The size that a configuration writes as a number or as height and width."""
+    if isinstance(pixels, tuple):
+        return size_of(*pixels)
+    return pixels
+
+
+def as_pixels(size: Size) -> int | tuple[int, int]:
+    """The reverse of ``as_size``."""
+    if isinstance(size, Rectangle):
+        return size.height, size.width
+    return size
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width.
+
+    >>> sides(20), sides(Rectangle(20, 40))
+    ((20, 20), (20, 40))
+    """
+    if isinstance(size, Rectangle):
+        return size.height, size.width
+    return size, size
+
+
+def by(size: Size, times: str = " x ") -> str:
+    """Height and width in words.
+
+    >>> by(20), by(Rectangle(20, 40))
+    ('20 x 20', '20 x 40')
+    """
+    height, width = sides(size)
+    return f"{height}{times}{width}"
+
+
+def square(size: Size, owner: str) -> int:
+    """The height = width of a square. Raises SpaceError, which names the ``owner`` of the
+    size, if it is none.
+    """
+    if isinstance(size, Rectangle):
+        raise SpaceError(
+            f"{owner} takes square images, and {size} px are none: set data.resolution to one"
+            " number, or choose another space."
+        )
+    return size
+
+
+def area(size: Size) -> int:
+    """Number of pixels."""
+    height, width = sides(size)
+    return height * width
+
+
+def each_side(size: Size, change: Callable[[int], int]) -> Size:
+    """The size whose sides are those of ``size``, changed."""
+    height, width = sides(size)
+    return size_of(change(height), change(width))
+
+
+def halved(size: Size, stride: int) -> Size:
+    """The output size of a layer with padding ``kernel // 2``: each side divided by the
+    ``stride``, rounded up.
+
+    >>> halved(Rectangle(15, 40), 2)
+    Rectangle(height=8, width=20)
+    """
+    return each_side(size, lambda side: -(-side // stride))  # ceil in integer arithmetic
+
+
+def _parsed(value: Any) -> Any:
+    """Two numbers as a size; other values are left to pydantic's own check."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        height, width = value
+        if type(height) is int and type(width) is int and min(height, width) > 0:
+            return size_of(height, width)
+    return value
+
+
+def _written(size: Size) -> int | list[int]:
+    """A number, or height and width."""
+    if isinstance(size, Rectangle):
+        return [size.height, size.width]
+    return size
+
+
+SizeField = Annotated[
+    Annotated[int, Field(gt=0)] | Rectangle,
+    BeforeValidator(_parsed),
+    PlainSerializer(_written),
+]
+"""A size as a field of a document: a number, or ``[height, width]``."""
