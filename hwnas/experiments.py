@@ -10,7 +10,6 @@ from typing import Any
 from hwnas.config import Experiment
 from hwnas.core.published import resolve_arch
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.size import as_size
 from hwnas.core.spaces import DARTS_SPACES, SPACES, is_document, load_space
 from hwnas.data import DATASETS
 from hwnas.data.inspection import with_classes
@@ -30,7 +29,7 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
     overrides: dict[str, Any] = {}
     if settings.name in SPACES:
         overrides["classes"] = data.classes
-        overrides["resolution"] = as_size(data.resolution)
+        overrides["resolution"] = data.resolution
         overrides["in_channels"] = data.channels
     if settings.act:
         overrides["act"] = settings.act
@@ -47,10 +46,10 @@ def experiment_space(experiment: Experiment) -> SearchSpace:
 
     space: SearchSpace = load_space(settings.name, **overrides)
     shape_of_space = (space.classes, space.resolution, space.in_channels)
-    if shape_of_space != (data.classes, as_size(data.resolution), data.channels):
+    if shape_of_space != (data.classes, data.resolution, data.channels):
         raise ConfigError(
             f"space {settings.name!r} has {space.classes} classes, {space.resolution} px and"
-            f" {space.in_channels} channels, but the data has {data.classes}, {as_size(data.resolution)}"
+            f" {space.in_channels} channels, but the data has {data.classes}, {data.resolution}"
             f" and {data.channels}: make them agree."
         )
     if settings.restrict:
@@ -91,7 +90,7 @@ def check_names(experiment: Experiment, space: SearchSpace) -> None:
         resolve_arch(
             name,
             space,
-            resolution=as_size(data.resolution),
+            resolution=data.resolution,
             classes=data.classes,
             in_channels=data.channels,
             width=width,

@@ -11,7 +11,6 @@ from hwnas.config import DataConfig, Experiment, resolve_path
 from hwnas.core.arch import Architecture
 from hwnas.core.published import resolve_arch
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.size import as_pixels, as_size
 from hwnas.errors import ConfigError, SpaceError, UserError
 from hwnas.task import task_of
 
@@ -34,7 +33,7 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
         arch = resolve_arch(
             name,
             space,
-            resolution=as_size(data.resolution),
+            resolution=data.resolution,
             classes=data.classes,
             in_channels=data.channels,
             width=width,
@@ -43,12 +42,12 @@ def architecture(experiment: Experiment, space: SearchSpace, searched: Path) -> 
     data = data_for(experiment, arch)
     if (arch.classes, arch.size, arch.in_channels) != (
         data.classes,
-        as_size(data.resolution),
+        data.resolution,
         data.channels,
     ):
         raise ConfigError(
             f"architecture {arch.name!r} has {arch.classes} classes, {arch.size} px and"
-            f" {arch.in_channels} channels, but the data has {data.classes}, {as_size(data.resolution)} and"
+            f" {arch.in_channels} channels, but the data has {data.classes}, {data.resolution} and"
             f" {data.channels}: make data.classes, data.resolution and data.channels agree."
         )
     return arch
@@ -62,7 +61,7 @@ def data_for(experiment: Experiment, arch: Architecture) -> DataConfig:
     """
     if experiment.train.arch is not None:
         return experiment.data
-    return experiment.data.at(as_pixels(arch.size))
+    return experiment.data.at(arch.size)
 
 
 def named_networks(experiment: Experiment, space: SearchSpace) -> tuple[Architecture, ...]:

@@ -32,6 +32,7 @@ from hwnas.config.formats import Format, check_dtype, check_runtime
 from hwnas.config.search import OptimizerConfig
 from hwnas.core.detector import DetectorSpec, PostProcessing, Scores
 from hwnas.core.fcos import CHANNELS, FCOSSpec
+from hwnas.core.size import Pixels, Size, sides
 from hwnas.core.ssdlite import EXTRAS, SSDLiteSpec
 
 OptionNumber: TypeAlias = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -136,8 +137,12 @@ class DataConfig(Section):
     path: str | None = Field(
         None, description="file or folder of the images; may be relative or begin with ~"
     )
-    resolution: int = Field(
-        32, ge=8, le=4096, description="height and width of the network's input in pixels"
+    resolution: Annotated[Size, Pixels(least=8, most=4096)] = Field(
+        32,
+        description=(
+            "height and width of the network's input in pixels: one number for both, or [height,"
+            " width]"
+        ),
     )
     channels: Literal[1, 3] = Field(3, description="1 for grey images, 3 for colour images")
     classes: int = Field(
@@ -308,7 +313,12 @@ class DataConfig(Section):
             )
         return self
 
-    def at(self, resolution: int) -> DataConfig:
+    @property
+    def smaller_side(self) -> int:
+        """The smaller one of height and width."""
+        return min(sides(self.resolution))
+
+    def at(self, resolution: Size) -> DataConfig:
         """The same data at another input size in pixels, for architectures whose space
         has a choice of resolution.
         """

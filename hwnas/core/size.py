@@ -6,11 +6,12 @@ else a ``Rectangle``. A rectangle is never a square, so equal sizes compare equa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from hwnas.errors import SpaceError
 
@@ -38,20 +39,6 @@ def size_of(height: int, width: int) -> Size:
     if height == width:
         return height
     return Rectangle(height, width)
-
-
-def as_size(pixels: int | tuple[int, int]) -> Size:
-    """The size that a configuration writes as a number or as height and width."""
-    if isinstance(pixels, tuple):
-        return size_of(*pixels)
-    return pixels
-
-
-def as_pixels(size: Size) -> int | tuple[int, int]:
-    """The reverse of ``as_size``."""
-    if isinstance(size, Rectangle):
-        return size.height, size.width
-    return size
 
 
 def sides(size: Size) -> tuple[int, int]:
@@ -82,7 +69,7 @@ def square(size: Size, owner: str) -> int:
     if isinstance(size, Rectangle):
         raise SpaceError(
             f"{owner} takes square images, and {size} px are none: set data.resolution to one"
-            " number, or choose another space."
+            " number."
         )
     return size
 
@@ -109,13 +96,40 @@ def halved(size: Size, stride: int) -> Size:
     return each_side(size, lambda side: -(-side // stride))  # ceil in integer arithmetic
 
 
-def _parsed(value: Any) -> Any:
-    """Two numbers as a size; other values are left to pydantic's own check."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
-        height, width = value
-        if type(height) is int and type(width) is int and min(height, width) > 0:
-            return size_of(height, width)
-    return value
+@dataclass(frozen=True)
+class Pixels:
+    """The annotation of a ``Size`` as a field of a document or a configuration, which
+    writes it as a number or as ``[height, width]``. Each side has ``least`` to ``most``
+    pixels.
+    """
+
+    least: int = 1
+    most: int | None = None
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """A number, checked like any integer, or two of them."""
+        return core_schema.no_info_wrap_validator_function(
+            _checked,
+            core_schema.int_schema(ge=self.least, le=self.most),
+            serialization=core_schema.plain_serializer_function_ser_schema(_written),
+        )
+
+
+SizeField = Annotated[Size, Pixels()]
+"""A size as a field of a document."""
+
+
+def _checked(value: Any, side: Callable[[Any], int]) -> Size:
+    """A size from what a file has."""
+    if isinstance(value, Rectangle):
+        value = sides(value)
+    if not isinstance(value, list | tuple):
+        return side(value)
+    if len(value) != 2:
+        raise ValueError("input should be a number of pixels, or [height, width]")
+    return size_of(side(value[0]), side(value[1]))
 
 
 def _written(size: Size) -> int | list[int]:
@@ -123,11 +137,3 @@ def _written(size: Size) -> int | list[int]:
     if isinstance(size, Rectangle):
         return [size.height, size.width]
     return size
-
-
-SizeField = Annotated[
-    Annotated[int, Field(gt=0)] | Rectangle,
-    BeforeValidator(_parsed),
-    PlainSerializer(_written),
-]
-"""A size as a field of a document: a number, or ``[height, width]``."""

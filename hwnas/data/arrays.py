@@ -105,7 +105,8 @@ def _shifted(x_NCHW: Tensor, geometry: Geometry, flip: bool, rng: np.random.Gene
     """Each scaled image shifted by up to ``geometry.room`` pixels, with black beyond its
     edges. With ``flip``, a random half of the images is mirrored.
     """
-    count, size, room = len(x_NCHW), geometry.resolution, geometry.room
+    count, room = len(x_NCHW), geometry.room
+    height, width = geometry.sides
     left, top = geometry.corner(x_NCHW)
     padded = torch.nn.functional.pad(x_NCHW, (room, room, room, room))
     downs, rights = torch.from_numpy(rng.integers(0, 2 * room + 1, size=(2, count)))
@@ -114,9 +115,9 @@ def _shifted(x_NCHW: Tensor, geometry: Geometry, flip: bool, rng: np.random.Gene
         flips = torch.from_numpy(rng.random(count) < 0.5)
 
     # one gather for the whole batch: indices [count, rows, columns]
-    offsets = torch.arange(size)
-    rows = top + downs[:, None] + offsets
-    columns = left + rights[:, None] + torch.where(flips[:, None], size - 1 - offsets, offsets)
+    rows = top + downs[:, None] + torch.arange(height)
+    offsets = torch.arange(width)
+    columns = left + rights[:, None] + torch.where(flips[:, None], width - 1 - offsets, offsets)
     images = torch.arange(count)[:, None, None]
     shifted_NHWC = padded[images, :, rows[:, :, None], columns[:, None, :]]
     return shifted_NHWC.permute(0, 3, 1, 2)

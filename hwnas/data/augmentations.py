@@ -31,8 +31,7 @@ class InputJitter(v2.ScaleJitter):  # type: ignore[misc]
     """
 
     def __init__(self, geometry: Geometry, scales: tuple[float, float]) -> None:
-        side = geometry.resolution
-        super().__init__((side, side), scales, geometry.torchvision_interpolation)
+        super().__init__(geometry.sides, scales, geometry.torchvision_interpolation)
         self.geometry = geometry
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class CocoImages(Images):
         distort = v2.RandomPhotometricDistort()
         zoom_out = v2.RandomZoomOut(list(geometry.border))
         crop = augmentations.SafeIoUCrop()
-        window = v2.RandomCrop(geometry.resolution, pad_if_needed=True, fill=list(geometry.border))
+        window = v2.RandomCrop(geometry.sides, pad_if_needed=True, fill=list(geometry.border))
         flip = v2.RandomHorizontalFlip()
         augmentation = {
             "ssd": [distort, zoom_out, crop, flip],
@@ -209,7 +209,7 @@ class CocoImages(Images):
     def _decoded(self, index: int) -> Image:
         """An image in the orientation in which it is stored, in RGB or grey."""
         # an evaluated image is resized once, from all its pixels
-        most = None if self.augment == "none" else LARGEST * self.geometry.resolution
+        most = None if self.augment == "none" else LARGEST * max(self.geometry.sides)
         image, size = decode(self.root, self.paths[index], self.channels, most=most)
         self.check_size(index, size)
         return image

@@ -145,7 +145,7 @@ class FolderImages(Images):
         crop: Image = F.resized_crop(
             image,
             *area,
-            size=[self.geometry.resolution] * 2,
+            size=list(self.geometry.sides),
             interpolation=self.geometry.torchvision_interpolation,
             antialias=True,
         )

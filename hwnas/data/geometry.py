@@ -1,10 +1,14 @@
 """How an image becomes the network's input. A data set has one geometry, which is the
 same in training, in evaluation and in the bundle.
 
-squash  Both sides become the resolution; the aspect ratio is not kept. So do MediaPipe and ML Kit with a photograph.
+squash  Both sides become those of the network's input; the aspect ratio is not kept. So do MediaPipe and ML Kit with a photograph.
 crop    The shorter side becomes floor(resolution / crop_fraction), then the middle is cut out: the evaluation of ImageNet.
 pad     The longer side becomes the resolution, and the image lies in the middle of a border of the mean colour, which
         normalises to (nearly) 0: the letterbox of detectors.
+
+If the network's input is not square, ``crop`` scales the image to the smallest size that
+covers an input enlarged by 1 / crop_fraction, and ``pad`` to the largest one that fits into
+the input. For a square, both are what is written above.
 
 In ``crop`` and ``pad``, the other side keeps the aspect ratio and is rounded down; a
 middle between two pixels is rounded to the even one. Both are as in torchvision.
@@ -22,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from hwnas.config import DataConfig, Interpolation, Resize
+from hwnas.core.size import Rectangle, Size, by, sides, size_of
 from hwnas.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -50,14 +55,14 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Turns any image into the network's square input; see the module's docstring."""
+    """Turns any image into the network's input; see the module's docstring."""
 
     mode: Resize
     interpolation: Interpolation
     crop_fraction: float | None
     """In (0, 1] for ``crop``, else None."""
-    resolution: int
-    """Height = width of the network's input, in pixels."""
+    resolution: Size
+    """Height and width of the network's input, in pixels."""
     border: tuple[int, ...]
     """Colour of the border for ``pad``, 0..255 per channel."""
 
@@ -85,33 +90,48 @@ class Geometry:
         """
         if self.crop_fraction is None:
             return None
+        return self._enlarged(min(self.sides))
+
+    def _enlarged(self, side: int) -> int:
+        """A side of the input, divided by the crop fraction."""
+        assert self.crop_fraction is not None
         # the tolerance is for quotients like 33 / 0.55, which is 59.99999999999999
-        return math.floor(self.resolution / self.crop_fraction + 1e-9)
+        return math.floor(side / self.crop_fraction + 1e-9)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the network's input."""
+        return sides(self.resolution)
 
     @property
     def room(self) -> int:
         """The most pixels by which an augmentation shifts the network's input: an eighth
-        of its size, like CIFAR's 4 of 32.
+        of its smaller side, like CIFAR's 4 of 32.
         """
-        return max(1, self.resolution // 8)
+        return max(1, min(self.sides) // 8)
 
     def frame(self, width: int, height: int) -> Frame:
         """Where an image of ``width`` x ``height`` pixels lies in the network's input."""
-        size = self.resolution
+        input_height, input_width = self.sides
         if self.mode == "squash":
-            return Frame(size, size, 0, 0)
-        if self.shorter_side is not None:
-            given_side = min(width, height)
-            scaled_side = self.shorter_side
+            return Frame(input_width, input_height, 0, 0)
+        if self.mode == "crop":
+            target_height, target_width = map(self._enlarged, self.sides)
+            # the side that is shorter in proportion to the input is the one that just covers it
+            along_width = width * target_height <= height * target_width
         else:
-            given_side = max(width, height)
-            scaled_side = size
+            target_height, target_width = self.sides
+            along_width = width * target_height >= height * target_width
+        if along_width:
+            given_side, scaled_side = width, target_width
+        else:
+            given_side, scaled_side = height, target_height
 
         # very long images would otherwise lose all pixels of their shorter side
         scaled_width = max(1, width * scaled_side // given_side)
         scaled_height = max(1, height * scaled_side // given_side)
-        left = round((size - scaled_width) / 2)
-        top = round((size - scaled_height) / 2)
+        left = round((input_width - scaled_width) / 2)
+        top = round((input_height - scaled_height) / 2)
         return Frame(scaled_width, scaled_height, left, top)
 
     @property
@@ -133,8 +153,9 @@ class Geometry:
         )
         if self.mode != "pad":
             return scaled
-        right = self.resolution - frame.width - frame.left
-        bottom = self.resolution - frame.height - frame.top
+        input_height, input_width = self.sides
+        right = input_width - frame.width - frame.left
+        bottom = input_height - frame.height - frame.top
         padded: Picture = F.pad(
             scaled, [frame.left, frame.top, right, bottom], fill=list(self.border)
         )
@@ -143,14 +164,15 @@ class Geometry:
     def corner(self, scaled: Picture) -> tuple[int, int]:
         """Left and top of the network's input in a ``scaled`` image, in pixels."""
         height, width = F.get_size(scaled)
-        return round((width - self.resolution) / 2), round((height - self.resolution) / 2)
+        input_height, input_width = self.sides
+        return round((width - input_width) / 2), round((height - input_height) / 2)
 
     def cut(self, scaled: Picture, right: int = 0, down: int = 0) -> Picture:
         """The network's input, cut out of a ``scaled`` image. The window is shifted by
         ``right`` and ``down`` pixels; beyond the image's edges it is black.
         """
         left, top = self.corner(scaled)
-        cut: Picture = F.crop(scaled, top + down, left + right, self.resolution, self.resolution)
+        cut: Picture = F.crop(scaled, top + down, left + right, *self.sides)
         return cut
 
     def fitted(self, image: Picture) -> Picture:
@@ -179,10 +201,13 @@ class Geometry:
     def words(self) -> str:
         """The geometry in words, for users of an exported file."""
         # exported files keep this text, so its wording is part of their contents
-        size = f"{self.resolution} x {self.resolution}"
+        size = by(self.resolution)
         resampling = f"{self.interpolation} with antialiasing"
         if self.mode == "squash":
-            return f"to {size} without keeping the aspect ratio, {resampling}"
+            words = " (height x width)" if isinstance(self.resolution, Rectangle) else ""
+            return f"to {size}{words} without keeping the aspect ratio, {resampling}"
+        if isinstance(self.resolution, Rectangle):
+            return self._words_of_a_rectangle(size, resampling)
         if self.mode == "crop":
             return (
                 f"shorter side to {self.shorter_side}, the longer one in proportion (rounded down),"
@@ -191,5 +216,19 @@ class Geometry:
         return (
             f"longer side to {self.resolution}, the shorter one in proportion (rounded down),"
             f" {resampling}; then in the middle of {size} pixels of the colour"
+            f" {', '.join(map(str, self.border))}"
+        )
+
+    def _words_of_a_rectangle(self, size: str, resampling: str) -> str:
+        """``words`` for ``crop`` and ``pad``; sizes have the height first."""
+        if self.mode == "crop":
+            covered = by(size_of(*map(self._enlarged, self.sides)))
+            return (
+                f"to the smallest size that covers {covered} (height x width), in proportion"
+                f" (rounded down), {resampling}; then the middle {size}"
+            )
+        return (
+            f"to the largest size that fits into {size} (height x width), in proportion (rounded"
+            f" down), {resampling}; then in the middle of {size} pixels of the colour"
             f" {', '.join(map(str, self.border))}"
         )

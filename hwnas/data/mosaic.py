@@ -1,9 +1,9 @@
 """Mosaics of four training images for detectors: Bochkovskiy et al., YOLOv4 (2020, arXiv
 2004.10934), section 3.3.
 
-Four images, each augmented and resized as usual to R x R pixels, are laid out in a square
-of 2R x 2R. A square window with a side of R to 2R pixels is cut out of it and scaled to
-R x R, so that the point where the four meet is anywhere in the window, no border is
+Four images, each augmented and resized as usual to H x W pixels, are laid out in one of
+2H x 2W. A window of the same shape, one to two times as large as an image, is cut out of it
+and scaled to H x W, so that the point where the four meet is anywhere in the window, no border is
 needed, and objects have 0.5 to 1 times their usual size.
 
 A box moves along with its object and is clipped to the window. It is left out if less
@@ -77,31 +77,35 @@ class Mosaic(Images):
         )
 
     def _mosaic(self, request: Request, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A mosaic with the requested image at its top left: float32 [C, R, R], and its
+        """A mosaic with the requested image at its top left: float32 [C, H, W], and its
         targets [objects, 5].
         """
         others = rng.integers(len(self), size=3).tolist()
         draws = rng.integers(2**62, size=3).tolist()
         requests = [request, *zip(others, draws, strict=True)]
         x_4CHW, y_4M5 = self.images.__getitems__(requests)
-        size = x_4CHW.shape[-1]
+        height, width = x_4CHW.shape[-2:]
         upper_CHW = torch.cat([x_4CHW[0], x_4CHW[1]], dim=2)
         lower_CHW = torch.cat([x_4CHW[2], x_4CHW[3]], dim=2)
         canvas_CHW = torch.cat([upper_CHW, lower_CHW], dim=1)
-        corners_44 = size * torch.tensor(CORNERS).repeat(1, 2)
+        corners_44 = (torch.tensor(CORNERS) * torch.tensor([width, height])).repeat(1, 2)
         boxes_4M4 = y_4M5[..., :4] + corners_44[:, None]
         is_object_4M = y_4M5[..., 4] >= 0
         boxes = BoundingBoxes(
-            boxes_4M4[is_object_4M], format="XYXY", canvas_size=(2 * size, 2 * size)
+            boxes_4M4[is_object_4M], format="XYXY", canvas_size=(2 * height, 2 * width)
         )
         classes = y_4M5[..., 4][is_object_4M]
 
-        side = int(rng.integers(size, 2 * size, endpoint=True))
-        left, top = rng.integers(2 * size - side, size=2, endpoint=True).tolist()
-        x_CHW = F.resized_crop(canvas_CHW, top, left, side, side, [size, size], antialias=True)
-        cut = F.clamp_bounding_boxes(F.crop(boxes, top, left, side, side))
+        rows = int(rng.integers(height, 2 * height, endpoint=True))
+        columns = round(rows * width / height)
+        top = int(rng.integers(2 * height - rows, endpoint=True))
+        left = int(rng.integers(2 * width - columns, endpoint=True))
+        x_CHW = F.resized_crop(
+            canvas_CHW, top, left, rows, columns, [height, width], antialias=True
+        )
+        cut = F.clamp_bounding_boxes(F.crop(boxes, top, left, rows, columns))
         is_seen = box_area(cut) >= LEAST_PART * box_area(boxes)
-        scaled = F.resize(cut, [size, size])
+        scaled = F.resize(cut, [height, width])
         _, is_large = F.sanitize_bounding_boxes(scaled, min_size=1.0)
         kept = is_seen & is_large
         return x_CHW, torch.cat([scaled[kept], classes[kept, None]], dim=1)

@@ -54,7 +54,9 @@ TIMM_POLICIES = {
 """First word of timm's strings -> the function that makes the transform."""
 
 TRANSLATION = 0.45
-"""The largest translation of timm's policies, as a part of the image (timm's default)."""
+"""The largest translation of timm's policies, as a part of the image's
+smaller side (timm's default).
+"""
 
 AUGMIX_TRANSLATION = 0.3
 """The same for AugMix (timm's default)."""
@@ -82,7 +84,7 @@ class TrainingAugmentation:
     """
 
     def __init__(self, config: AugmentationConfig, data: DataConfig) -> None:
-        if config.cutout >= data.resolution:
+        if config.cutout >= data.smaller_side:
             raise ConfigError(
                 f"train.augmentation.cutout = {config.cutout} can cover a whole image of"
                 f" {data.resolution} pixels: choose a smaller side, for instance half of that."
@@ -145,7 +147,7 @@ def _policy(name: str, data: DataConfig) -> Any:
     if make is not None:
         border = tuple(min(255, round(255 * value)) for value in data.mean)
         settings: dict[str, Any] = {
-            "translate_const": int(TRANSLATION * data.resolution),
+            "translate_const": int(TRANSLATION * data.smaller_side),
             "img_mean": border,
         }
         if name.startswith("augmix"):

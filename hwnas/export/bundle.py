@@ -42,6 +42,7 @@ from hwnas.config import DataConfig, Format, Interpolation, Resize
 from hwnas.core.arch import Architecture
 from hwnas.core.detector import PostProcessing
 from hwnas.core.metric import ACCURACY, AP
+from hwnas.core.size import SizeField
 from hwnas.document import Document, Record, file_sha256, read_bytes, write_atomic
 from hwnas.errors import DocumentError, ExportError
 from hwnas.export.interface import Interface
@@ -118,16 +119,17 @@ class Preprocessing(Record):
     describes the resizing in words, and ``mode`` and the fields after it in numbers.
     Older bundles and the data of plug-ins have only the words.
 
-    squash  both sides become ``resolution``
+    squash  both sides become ``resolution``, a number, or [height, width]
     crop    the shorter side becomes ``shorter_side``, then the centre ``resolution`` x ``resolution`` is cut out
     pad     the longer side becomes ``resolution``, then the image is centred on the colour ``padding``
 
-    For crop and pad, the other side is scaled in proportion and rounded down. A centre
+    An input that is not square is covered or filled as ``data.geometry`` says, and in words
+    ``resize``. For crop and pad, the other side is scaled in proportion and rounded down. A centre
     between two pixels is rounded to the even one. Pillow's filters of the same name
     always smooth (``antialias``) when they shrink an image.
     """
 
-    resolution: int
+    resolution: SizeField
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -289,9 +291,9 @@ def preprocessing(data: DataConfig, images: Images) -> Preprocessing:
 
 def described_input(of: Target, interface: Interface, arch: Architecture) -> FileInput:
     """Describe the input of a target's file, in words and numbers."""
-    size = arch.resolution
+    sides = arch.size_HW
     channels = arch.in_channels
-    shape = (1, size, size, channels) if of.layout == "NHWC" else (1, channels, size, size)
+    shape = (1, *sides, channels) if of.layout == "NHWC" else (1, channels, *sides)
     colours = "red, green and blue" if channels == 3 else "grey"
     meaning = f"{colours} scaled to 0..1, less preprocessing.mean, divided by preprocessing.std"
     if interface.input == "uint8":

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hwnas.core.size import as_pixels
 from hwnas.data.images import Images, Portion, evaluation_batches, load_images, sampled_images
 from hwnas.document import write_atomic
 from hwnas.errors import ConfigError, ExportError
@@ -117,7 +116,7 @@ def _exported(ctx: StageContext, network: Network, task: Task, predict: Predict)
     config = ctx.experiment.export
     formats = ctx.experiment.export_formats
     arch = network.arch
-    data = ctx.experiment.data.at(as_pixels(arch.size))
+    data = ctx.experiment.data.at(arch.size)
     train = load_images(data, "train")
     test = load_images(data, "test")
     task.check_images(test, data.name, arch)

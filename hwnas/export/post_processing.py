@@ -17,7 +17,7 @@ input, scores float32 [D], best first, and classes int64 [D], the positions of l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,13 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 DetectionArrays = tuple[Floats, Floats, npt.NDArray[np.int64]]
 """Boxes [D, 4], scores [D], classes [D]."""
-Reader = Callable[[Floats, "dict[str, Any]", int, int], DetectionArrays]
+Reader = Callable[[Floats, "dict[str, Any]", "Resolution", int], DetectionArrays]
 """(outputs of one image, the bundle's post-processing, resolution of the input, number
 of classes) -> detections.
 """
+
+Resolution = Union[int, "tuple[int, int]"]
+"""As in the bundle: the height = width of the input in pixels, or height and width."""
 
 BOX = 4
 """Values per box."""
@@ -134,7 +137,7 @@ def iou(boxes: Floats) -> Floats:
 
 
 def read_decoded(
-    row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
+    row: Floats, post_processing: dict[str, Any], resolution: Resolution, classes: int
 ) -> DetectionArrays:
     """Read the output of a ``decoded`` file for one image, [anchors * (4 + classes)] in
     any shape. ``post_processing`` is the bundle's.
@@ -150,7 +153,7 @@ def read_decoded(
 
 
 def read_nms(
-    row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
+    row: Floats, post_processing: dict[str, Any], resolution: Resolution, classes: int
 ) -> DetectionArrays:
     """Read the output of an ``nms`` file for one image, [D * 6] in any shape: x1, y1,
     x2, y2, score, class.
@@ -161,10 +164,10 @@ def read_nms(
 
 
 def read_tasks(
-    row: Floats, post_processing: dict[str, Any], resolution: int, classes: int
+    row: Floats, post_processing: dict[str, Any], resolution: Resolution, classes: int
 ) -> DetectionArrays:
     """Read the outputs of a ``tasks`` file for one image, flattened and concatenated:
-    boxes [D * 4] (ymin, xmin, ymax, xmax as fractions of the input size), classes [D],
+    boxes [D * 4] (ymin, xmin, ymax, xmax as fractions of the input's height and width), classes [D],
     scores [D] and the number of detections. Boxes are clipped to the image, which the
     op does not do.
     """
@@ -175,7 +178,14 @@ def read_tasks(
     # ymin, xmin, ymax, xmax -> x1, y1, x2, y2
     boxes = flat[: BOX * size].reshape(size, BOX)[:count, [1, 0, 3, 2]]
     labels, scores = flat[BOX * size : -1].reshape(2, size)[:, :count]
-    return _valid(np.clip(boxes * resolution, 0, resolution), scores, labels, classes)
+    edges_4 = edges(resolution)
+    return _valid(np.clip(boxes * edges_4, 0, edges_4), scores, labels, classes)
+
+
+def edges(resolution: Resolution) -> Floats:
+    """The upper limits of x1, y1, x2 and y2 in an input of this resolution."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    return np.array([width, height, width, height], np.float32)
 
 
 def _valid(boxes: Floats, scores: Floats, labels: Floats, classes: int) -> DetectionArrays:

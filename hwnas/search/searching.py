@@ -14,7 +14,6 @@ import numpy as np
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.arch import Architecture, Picks
 from hwnas.core.metric import shown
-from hwnas.core.size import as_pixels
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.data.images import Images, Portion, load_images
@@ -96,7 +95,7 @@ def with_space_resolution(experiment: Experiment, space: SearchSpace) -> Experim
     """The experiment with images of the space's resolution, which ``space.restrict``
     may have made smaller than that of the data.
     """
-    return experiment.model_copy(update={"data": experiment.data.at(as_pixels(space.resolution))})
+    return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from hwnas import __version__
 from hwnas.config import Experiment, ScoreName, StudyConfig
 from hwnas.config.decisive import decisive
 from hwnas.core.arch import Picks
-from hwnas.core.size import as_pixels
 from hwnas.core.space import SearchSpace
 from hwnas.core.statistics import spearman
 from hwnas.data.fingerprint import fingerprint
@@ -188,7 +187,7 @@ def _scores_sha256(experiment: Experiment, trained: TrainedSupernet) -> str:
 
 
 def _at_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
-    return experiment.model_copy(update={"data": experiment.data.at(as_pixels(space.resolution))})
+    return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
 
 def _blocks(space: SearchSpace, picks: Picks) -> tuple[tuple[int, int], list[str]]:

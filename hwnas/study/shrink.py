@@ -37,7 +37,6 @@ from hwnas.config import Experiment, ShrinkConfig
 from hwnas.config.decisive import decisive
 from hwnas.core.cost import CostModel
 from hwnas.core.describe import format_count
-from hwnas.core.size import as_pixels
 from hwnas.core.space import SearchSpace
 from hwnas.core.spaces import parse_space
 from hwnas.document import content_sha256, read_bytes, write_atomic
@@ -379,7 +378,7 @@ def _write_alphas(folder: Path, space: SearchSpace, alphas: Alphas) -> None:
 
 
 def _at_resolution(experiment: Experiment, space: SearchSpace) -> Experiment:
-    return experiment.model_copy(update={"data": experiment.data.at(as_pixels(space.resolution))})
+    return experiment.model_copy(update={"data": experiment.data.at(space.resolution)})
 
 
 def _train(ctx: StageContext, training: _SupernetTraining) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from hwnas.config import Experiment, SearchConfig
 from hwnas.core.limits import MacsLimit
-from hwnas.core.size import as_pixels
 from hwnas.core.space import SearchSpace
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError
@@ -138,7 +137,7 @@ def train(ctx: StageContext, space: SearchSpace, table: LatencyTable | None) -> 
     ``shared.safetensors``. An interrupted training run resumes.
     """
     experiment = ctx.experiment.model_copy(
-        update={"data": ctx.experiment.data.at(as_pixels(space.resolution))}
+        update={"data": ctx.experiment.data.at(space.resolution)}
     )
     search = search_context(experiment, space, table)
     search.progress = ctx.progress

@@ -21,7 +21,6 @@ from hwnas.core.detection import detector_of, with_detector
 from hwnas.core.detector import CODE_SIZE
 from hwnas.core.metric import AP
 from hwnas.core.search_space import SearchSpace
-from hwnas.core.size import as_size
 from hwnas.core.statistics import NO_AP
 from hwnas.data.coco_eval import NUMBERS
 from hwnas.errors import ConfigError, SpaceError
@@ -108,7 +107,7 @@ class Detection(Task):
             return arch
         data = experiment.data
         spec = experiment.detector.spec
-        return with_detector(arch, data.classes, spec, resolution=as_size(data.resolution))
+        return with_detector(arch, data.classes, spec, resolution=data.resolution)
 
     def criterion(self, arch: Architecture, label_smoothing: float = 0.0) -> Criterion:
         """The detector's loss."""
@@ -225,7 +224,7 @@ class Detection(Task):
         self, graph: str, outputs: np.ndarray, reference: np.ndarray, arch: Architecture
     ) -> Parity:
         """See ``boxes.parity``."""
-        return boxes.parity(graph, outputs, reference, self.post_processing, arch.resolution)
+        return boxes.parity(graph, outputs, reference, self.post_processing, arch.size_HW)
 
     def answers(
         self, graph: str, arch: Architecture, app_score: float | None = None

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from hwnas.config import ProgressiveConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.size import sides, square
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Progression:
 
 def progression_of(config: ProgressiveConfig, arch: Architecture, steps: int) -> Progression:
     """The sizes for a training of an architecture."""
-    full = arch.resolution
+    full = square(arch.size, "train.progressive")
     stride = total_stride(arch)
     first = config.start * full
     sizes = []
@@ -63,4 +64,4 @@ def total_stride(arch: Architecture) -> int:
     mobile networks.
     """
     last_map = next(op.size for op in arch.ops() if op.pooled)
-    return int(2 ** round(math.log2(arch.resolution / last_map)))
+    return int(2 ** round(math.log2(max(arch.size_HW) / max(sides(last_map)))))

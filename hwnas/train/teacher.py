@@ -55,7 +55,7 @@ class Teacher:
         if is_own_network(path):
             network = load_network(path)
             _check_fits(config.teacher, network.arch, data)
-            self.resolution = network.arch.resolution
+            self.resolution = network.arch.size
         else:
             network = load_timm_model(config.teacher, config.teacher_model, data, KEY)
             name = timm_model_of(config.teacher, config.teacher_model, path)

@@ -59,7 +59,7 @@ def quality_of(
     ``config.images`` of them.
     """
     bundle = exported.bundle
-    test = load_images(data.at(bundle.architecture.resolution), "test")
+    test = load_images(data.at(bundle.architecture.size), "test")
     bundle.settings.check_images(test, data.name, bundle.architecture)
     torch_answers = _torch_answers(exported)
     # answers are compared image by image, so the data must be that of the export
