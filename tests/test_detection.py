@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hwnas.config import OptimizerConfig
-from hwnas.core.detector import PostProcessing, Scores
+from hwnas.core.detector import PostProcessing
 from hwnas.data.coco_eval import evaluate
 from hwnas.data.images import evaluation_order
 from hwnas.engine import CrossEntropy, Engine, Microbatch
@@ -24,7 +24,7 @@ from hwnas.nn.detection_loss import SSDLoss, detection_loss
 from hwnas.nn.post_processor import Detections
 from hwnas.tasks.boxes import DetectionCriterion, average_precision, detect
 from tests.data.scenes import coco_config, load, scene, write_coco, write_scenes
-from tests.nn.detectors import batch, small_arch, small_network
+from tests.nn.detectors import KINDS, Kind, batch, small_arch, small_network
 
 torch.set_num_threads(1)
 
@@ -77,11 +77,11 @@ def test_the_engine_keeps_the_cross_entropy_that_it_is_given(tmp_path: Path) -> 
     assert isinstance(engine.criterion, CrossEntropy) and engine.criterion.label_smoothing == 0.2
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_criterion_of_a_detector_is_its_loss_and_reports_its_parts(
-    scores: Scores, tmp_path: Path
+    kind: Kind, tmp_path: Path
 ) -> None:
-    network = small_network(scores=scores).train()
+    network = small_network(kind=kind).train()
     x_NCHW, y_NM5 = batch()
     expected = float(detection_loss(network.arch)(network(x_NCHW), y_NM5).detach())
     metrics = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch)).train_step(
@@ -93,9 +93,9 @@ def test_the_criterion_of_a_detector_is_its_loss_and_reports_its_parts(
     ] == pytest.approx(metrics["class_loss"] + metrics["box_loss"])
 
 
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_nan_outputs_are_a_divergence(scores: Scores, tmp_path: Path) -> None:
-    network = small_network(scores=scores)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_outputs_are_a_divergence(kind: Kind, tmp_path: Path) -> None:
+    network = small_network(kind=kind)
     engine = engine_of(network, tmp_path, criterion=DetectionCriterion(network.arch))
     x_NCHW, y_NM5 = batch()
     with pytest.raises(DivergenceError, match="the loss is nan at step 0"):
