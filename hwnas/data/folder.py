@@ -136,9 +136,13 @@ class FolderImages(Images):
     def _random_area(self, image: Image) -> Image:
         """A random crop of an image, resized to the network's size.
 
-        Its aspect ratio is about 1, which with ``squash`` refers to the squashed image.
+        Its aspect ratio is about that of the network's input, or with ``squash`` that of
+        the image: then the squashed area has it.
         """
-        aspect = image.width / image.height if self.geometry.mode == "squash" else 1.0
+        height, width = self.geometry.sides
+        if self.geometry.mode == "squash":
+            height, width = image.height, image.width
+        aspect = width / height
         area = transforms.RandomResizedCrop.get_params(
             image, [*AREA], [aspect * ratio for ratio in RATIO]
         )

@@ -52,6 +52,13 @@ def geometry(**changes: Any) -> Geometry:
         ({"resize": "pad"}, (640, 480), (224, 168, 0, 28)),
         ({"resize": "pad"}, (101, 333), (67, 224, 78, 0)),
         ({"resize": "pad"}, (3000, 2), (224, 1, 0, 112)),
+        # 96 high, 160 wide
+        ({"resolution": [96, 160]}, (640, 480), (160, 96, 0, 0)),
+        ({"resolution": [96, 160], "resize": "pad"}, (640, 480), (128, 96, 16, 0)),
+        ({"resolution": [96, 160], "resize": "pad"}, (1000, 100), (160, 16, 0, 40)),
+        # the smallest size that covers 109 x 182: 96 / 0.875 and 160 / 0.875
+        ({"resolution": [96, 160], "resize": "crop"}, (640, 480), (182, 136, -11, -20)),
+        ({"resolution": [96, 160], "resize": "crop"}, (1000, 100), (1090, 109, -465, -6)),
     ],
 )
 def test_where_an_image_lies(
@@ -185,14 +192,16 @@ def configured(
     # torchvision would check for the md5 of the real pictures
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
 
-    def config(name: str, augment: str, mode: Resize) -> DataConfig:
+    def config(
+        name: str, augment: str, mode: Resize, resolution: int | tuple[int, int] = SIZE
+    ) -> DataConfig:
         write, _, _ = SETS[name]
         write(tmp_path)
         classes = {"folder": 2, "coco": 2}.get(name, 10)
         settings = {
             "path": str(tmp_path),
             "classes": classes,
-            "resolution": SIZE,
+            "resolution": resolution,
             "augment": augment,
             "resize": mode,
             **PLAIN,
@@ -205,10 +214,11 @@ def configured(
 def places(x_CHW: torch.Tensor) -> np.ndarray:
     """Centres (x, y) of the red and of the green block, in pixels."""
     bright = torch.stack([x_CHW[0] - x_CHW[2], x_CHW[1] - x_CHW[2]]).clamp(min=0).double().numpy()
-    steps = np.arange(x_CHW.shape[-1]) + 0.5
+    rows = np.arange(x_CHW.shape[-2]) + 0.5
+    columns = np.arange(x_CHW.shape[-1]) + 0.5
     mass = bright.sum((1, 2))
     return np.stack(
-        [(bright.sum(1) * steps).sum(1) / mass, (bright.sum(2) * steps).sum(1) / mass], axis=1
+        [(bright.sum(1) * columns).sum(1) / mass, (bright.sum(2) * rows).sum(1) / mass], axis=1
     )
 
 
@@ -262,6 +272,59 @@ def test_training_has_the_scale_of_evaluation(
         assert any(
             torch.equal(x, evaluated) for x_NCHW in drawn_batches(training, 3000) for x in x_NCHW
         )
+
+
+RECTANGLE = (12, 24)
+FACTORS = {
+    "squash": (24 / WIDE, 12 / HIGH),
+    # 32 x 24 pixels cover 27 x 13 at 27 / 32, and fit into 24 x 12 at 12 / 24
+    "crop": (27 / WIDE, 27 / WIDE),
+    "pad": (12 / HIGH, 12 / HIGH),
+}
+"""Scale in x and y of the pictures in an input of 12 rows and 24 columns."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "augment", "mode"),
+    [
+        *(("npz", "crop_flip", mode) for mode in MODES),
+        ("folder", "crop_flip", "crop"),
+        ("coco", "ssdlite", "squash"),
+        ("coco", "ssdlite", "pad"),
+    ],
+)
+def test_rectangles_are_trained_as_they_are_evaluated(
+    configured: Callable[..., DataConfig], name: str, augment: str, mode: Resize
+) -> None:
+    config = configured(name, augment, mode, RECTANGLE)
+    (evaluated,), _ = load_images(config, "test").__getitems__([(0, 0)])
+    assert tuple(evaluated.shape[1:]) == RECTANGLE
+    seen = places(evaluated)
+    _, (red, green) = corners(WIDE, HIGH)
+    expected = np.array(FACTORS[mode]) * np.subtract(green, red)
+    assert np.abs(seen[1] - seen[0] - expected).max() < 0.1
+    assert seen.mean(0) == pytest.approx([12, 6], abs=0.55)
+    training = load_images(config, "train", augment=True)
+    assert any(
+        torch.equal(x, evaluated) for x_NCHW in drawn_batches(training, 3000) for x in x_NCHW
+    )
+
+
+@pytest.mark.parametrize("mode", ["squash", "pad"])
+def test_boxes_lie_on_their_objects_in_rectangles(
+    configured: Callable[..., DataConfig], mode: Resize
+) -> None:
+    config = configured("coco", "none", mode, RECTANGLE)
+    images = load_images(config, "test")
+    _, y_NM5 = images.__getitems__([(0, 0)])
+    x, y, width, height = 12, 8, 12, 8  # of the picture, see write_boxes
+    across, down = FACTORS[mode]
+    left = 0 if mode == "squash" else 4  # 16 of 24 columns
+    expected = [left + x * across, y * down, left + (x + width) * across, (y + height) * down]
+    assert y_NM5[0, 0, :4].tolist() == pytest.approx(expected)
+    back = images.in_photograph(0, y_NM5[0, :1, :4].numpy())  # type: ignore[attr-defined]
+    assert back[0].tolist() == pytest.approx([x, y, x + width, y + height])
 
 
 @pytest.mark.parametrize("mode", ["squash", "crop"])
