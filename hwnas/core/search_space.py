@@ -69,7 +69,7 @@ class SearchSpace(Document):
         """Height = width of the input, for spaces that only take squares. Raises
         SpaceError if it is none.
         """
-        return square(self.resolution, f"space {self.name}")
+        return square(self.resolution, self.name)
 
     @property
     def head(self) -> SpaceHead:
