@@ -29,19 +29,17 @@ from hwnas.config.study import (
 )
 from hwnas.config.tables import (
     IMAGE_LABELS,
-    AugmentationConfig,
     DataConfig,
     DetectorConfig,
     DeviceConfig,
     ExportConfig,
     Interpolation,
     ProfileConfig,
-    ProgressiveConfig,
     Resize,
     SpaceConfig,
-    TrainConfig,
     ValidateConfig,
 )
+from hwnas.config.training import AugmentationConfig, ProgressiveConfig, TrainConfig
 
 __all__ = [
     "FIXED_BY_THE_STUDY",

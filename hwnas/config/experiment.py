@@ -22,10 +22,10 @@ from hwnas.config.tables import (
     ExportConfig,
     ProfileConfig,
     SpaceConfig,
-    TrainConfig,
     ValidateConfig,
 )
 from hwnas.config.tasks import TaskName, network_kind
+from hwnas.config.training import TrainConfig
 from hwnas.document import decoded_text, explain, merged, nearest, quoted_path
 from hwnas.errors import ConfigError
 from hwnas.printable import quoted, shortened

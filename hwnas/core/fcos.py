@@ -36,7 +36,15 @@ from pydantic import Field
 
 from hwnas.core.detector import Detector, DetectorSpec, FeatureShape, Scores, check_input
 from hwnas.core.graph import GraphBuilder, Step, StepKey, shapes
-from hwnas.core.ops import Conv, FCOSPredictor, Op, OpKey, SeparableLayer, Upsample
+from hwnas.core.ops import (
+    Conv,
+    FCOSPredictor,
+    Op,
+    OpKey,
+    Predictor,
+    SeparableLayer,
+    Upsample,
+)
 from hwnas.core.size import Size, each_side
 from hwnas.errors import SpaceError
 
@@ -97,6 +105,9 @@ class FCOS(Detector):
         self.check_taps(blocks)
         if self.scores != "sigmoid":
             raise ValueError(f"an anchor-free detector has sigmoid scores, not {self.scores}")
+        for op in self.ops:
+            if op.pooled or isinstance(op, Predictor):
+                raise ValueError(f"op {op.key} of the neck makes no feature map: write another")
         inputs = [(blocks[tap].out_ch, blocks[tap].out_size) for tap in self.taps]
         points = shapes(self.graph, self.ops, inputs)
         if len(self.maps) != len(self.heads):
@@ -133,9 +144,9 @@ class FCOSSpec(DetectorSpec):
         for size, coarser in pairwise(sizes):
             if size != each_side(coarser, lambda side: 2 * side):
                 raise SpaceError(
-                    f"an anchor-free detector needs feature maps that halve exactly, but these have"
-                    f" {', '.join(map(str, sizes))} px: choose a resolution that is a multiple of the"
-                    " backbone's largest stride, such as 320."
+                    "an anchor-free detector needs feature maps that halve exactly, but these have"
+                    f" {', '.join(map(str, sizes))} px: choose a resolution that is a multiple of"
+                    " the backbone's largest stride, such as 320."
                 )
         pan = _PAN(self.channels, len(maps))
         sources = pan.fused(sizes, [channels for channels, _ in maps])

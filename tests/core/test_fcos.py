@@ -126,6 +126,7 @@ def test_maps_must_halve_exactly() -> None:
         ({"maps": [11, 14, 17, 17]}, r"head 3 .* takes 96 channels at 5 px, but its map has 96 at"),
         ({"scores": "softmax"}, "has sigmoid scores, not softmax"),
         ({"kind": "yolo"}, "detector"),
+        ({"ops": ["classifier-h40-i32-o96"] * 12}, "of the neck makes no feature map"),
         ({"side": 0}, "detector.side = 0: input should be greater than 0"),
     ],
 )
