@@ -509,3 +509,17 @@ def test_a_classifier_has_no_files_with_nms(formats: tuple[str, ...]) -> None:
     ):
         Experiment.model_validate({"export": {"formats": formats}})
     assert Experiment().export_formats == ("tflite-fp32", "tflite-int8", "onnx")
+
+
+def test_parity_in_a_rectangle_is_a_fraction_of_the_width_or_of_the_height() -> None:
+    config = PostProcessing(min_score=0.1, detections=2)
+    rows = np.array([[[0, 0, 32, 16, 0.9], [40, 10, 64, 32, 0.5]]], np.float32)
+    for column, share in ((0, 0.64 / 64), (1, 0.64 / 32), (2, 0.64 / 64), (3, 0.64 / 32)):
+        shifted = rows.copy()
+        shifted[0, 1, column] -= 0.64
+        assert parity("decoded", shifted, rows, config, (32, 64)).relative_error == pytest.approx(
+            share, rel=1e-4
+        )
+        boxes = np.concatenate([shifted[0], np.zeros((2, 1), np.float32)], axis=1)
+        result = parity("nms", boxes[None], rows, config, (32, 64))
+        assert result.relative_error == pytest.approx(share, rel=1e-4)

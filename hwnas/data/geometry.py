@@ -85,10 +85,10 @@ class Geometry:
 
     @property
     def shorter_side(self) -> int | None:
-        """For ``crop``, the shorter side of the scaled image in pixels, before the middle
-        is cut out; else None.
+        """For ``crop`` to a square, the shorter side of the scaled image in pixels, before
+        the middle is cut out; else None.
         """
-        if self.crop_fraction is None:
+        if self.crop_fraction is None or isinstance(self.resolution, Rectangle):
             return None
         return self._enlarged(min(self.sides))
 

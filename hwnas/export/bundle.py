@@ -123,8 +123,11 @@ class Preprocessing(Record):
     crop    the shorter side becomes ``shorter_side``, then the centre ``resolution`` x ``resolution`` is cut out
     pad     the longer side becomes ``resolution``, then the image is centred on the colour ``padding``
 
-    An input that is not square is covered or filled as ``data.geometry`` says, and in words
-    ``resize``. For crop and pad, the other side is scaled in proportion and rounded down. A centre
+    If the input is not square, ``crop`` has no ``shorter_side``: the image is scaled to the
+    smallest size that covers both sides of the input divided by ``crop_fraction`` (rounded
+    down), and ``pad`` scales it to the largest size that fits into the input.
+
+    For crop and pad, the other side is scaled in proportion and rounded down. A centre
     between two pixels is rounded to the even one. Pillow's filters of the same name
     always smooth (``antialias``) when they shrink an image.
     """
@@ -138,9 +141,9 @@ class Preprocessing(Record):
     interpolation: Interpolation | None = None
     antialias: bool | None = None
     crop_fraction: float | None = Field(
-        None, description="for crop: resolution / shorter_side, as configured"
+        None, description="for crop: each side of the input, divided by that of the scaled image"
     )
-    shorter_side: int | None = Field(None, description="for crop, in pixels")
+    shorter_side: int | None = Field(None, description="for crop to a square, in pixels")
     padding: tuple[int, ...] | None = Field(
         None,
         description="for pad: the colour of the border per channel, 0..255, before normalisation",

@@ -34,15 +34,16 @@ def squares(detector: FCOS, resolution: Size, strides: float) -> Tensor:
     boxes = []
     for head in detector.heads:
         rows, columns = sides(head.size)
-        # maps halve exactly except after the last tap, whose stride may be a fraction
-        stride = max(sides(resolution)) / max(rows, columns)
+        height, width = sides(resolution)
+        # where a side is rounded up, the strides along both sides differ a little
+        down, right = height / rows, width / columns
         y_HW, x_HW = torch.meshgrid(
-            (torch.arange(rows) + 0.5) * stride,
-            (torch.arange(columns) + 0.5) * stride,
+            (torch.arange(rows) + 0.5) * down,
+            (torch.arange(columns) + 0.5) * right,
             indexing="ij",
         )
         points_A2 = torch.stack((x_HW, y_HW), dim=-1).reshape(-1, 2)
-        half = strides * stride / 2
+        half = strides * max(down, right) / 2
         boxes.append(torch.cat((points_A2 - half, points_A2 + half), dim=1))
     return torch.cat(boxes)
 

@@ -23,7 +23,7 @@ from hwnas.data.images import Batch, Images, evaluation_batches, evaluation_orde
 from hwnas.engine import Criterion
 from hwnas.errors import ConfigError
 from hwnas.export.detector import Decoded
-from hwnas.export.post_processing import READERS, DetectionArrays, edges, iou
+from hwnas.export.post_processing import READERS, DetectionArrays, Resolution, edges, iou
 from hwnas.nn.detection_loss import detection_loss
 from hwnas.nn.detector import DetectionNetwork, Outputs
 from hwnas.nn.network import Network
@@ -251,10 +251,10 @@ def parity(
     outputs: np.ndarray,
     rows: np.ndarray,
     settings: PostProcessing,
-    sides: tuple[int, int],
+    resolution: Resolution,
 ) -> Parity:
     """Compare a file's outputs [N, ...] with PyTorch's rows [N, anchors, 4 + classes], for
-    an input with these ``sides``, height and width.
+    an input of this ``resolution``.
 
     ``relative_error`` is the largest difference of a coordinate, as a fraction of the
     input's width or height, or of a score. It is taken over all anchors; if the graph selects the
@@ -268,22 +268,22 @@ def parity(
 
     classes = rows.shape[-1] - 4
     options = settings.model_dump()
-    expected = [READERS["decoded"](row, options, sides, classes) for row in rows]
-    actual = [READERS[graph](row, options, sides, classes) for row in outputs]
+    expected = [READERS["decoded"](row, options, resolution, classes) for row in rows]
+    actual = [READERS[graph](row, options, resolution, classes) for row in outputs]
     pairs = list(zip(expected, actual, strict=True))
     if graph == "decoded":
         differences = np.abs(outputs.reshape(rows.shape) - rows)
-        box_error = float((differences[..., :4] / edges(sides)).max())
+        box_error = float((differences[..., :4] / edges(resolution)).max())
         error = max(box_error, float(differences[..., 4:].max()))
     else:
         # these rows are detections and no longer anchors, so they have to be matched
-        error = max(_largest_difference(*pair, sides) for pair in pairs)
+        error = max(_largest_difference(*pair, resolution) for pair in pairs)
     agreement = float(np.mean([_same_best(*pair) for pair in pairs]))
     return Parity(images=len(rows), relative_error=error, agreement=agreement)
 
 
 def _largest_difference(
-    expected: DetectionArrays, actual: DetectionArrays, sides: tuple[int, int]
+    expected: DetectionArrays, actual: DetectionArrays, resolution: Resolution
 ) -> float:
     """The largest difference between one of the ``BEST`` expected detections and the
     nearest actual one of its class.
@@ -292,7 +292,7 @@ def _largest_difference(
     errors = [0.0]
     for box, score, label in zip(*(part[:BEST] for part in expected), strict=True):
         same_class = labels_D == label
-        box_errors = (np.abs(boxes_D4[same_class] - box) / edges(sides)).max(axis=1)
+        box_errors = (np.abs(boxes_D4[same_class] - box) / edges(resolution)).max(axis=1)
         distances = np.maximum(box_errors, np.abs(scores_D[same_class] - score))
         errors.append(float(distances.min(initial=1.0)))
     return max(errors)

@@ -49,13 +49,14 @@ def components(seen: np.ndarray) -> list[list[int]]:
     return [[across.start, down.start, across.stop, down.stop] for down, across in found]
 
 
-def test_each_box_is_on_its_object_and_each_object_has_its_box(rectangles: Path) -> None:
+@pytest.mark.parametrize("rows", [SIZE, SIZE // 2])
+def test_each_box_is_on_its_object_and_each_object_has_its_box(rectangles: Path, rows: int) -> None:
     """Judged by the connected regions of each colour; only small rests of objects may be
     seen without a box.
     """
-    images = Mosaic(load(coco_config(rectangles)), 1.0)
+    images = Mosaic(load(coco_config(rectangles, resolution=[rows, SIZE])), 1.0)
     x_NCHW, y = images.__getitems__([(0, draw) for draw in range(60)])
-    assert x_NCHW.shape == (60, 3, SIZE, SIZE) and x_NCHW.dtype == torch.float32
+    assert x_NCHW.shape == (60, 3, rows, SIZE) and x_NCHW.dtype == torch.float32
     widths = []
     for x, targets in zip(x_NCHW, y, strict=True):
         for label in (0, 1):
@@ -67,7 +68,7 @@ def test_each_box_is_on_its_object_and_each_object_has_its_box(rectangles: Path)
                     widths.append(matching[0][2] - matching[0][0])
                 else:
                     width, height = region[2] - region[0], region[3] - region[1]
-                    assert width * height < 0.25 * 22 * 18
+                    assert width * height < 0.25 * 22 * 18 * rows / SIZE
             # a box without a region of its own is a rest of a pixel or two
             assert all(min(box[2] - box[0], box[3] - box[1]) < 2.5 for box in boxes)
     assert len(widths) > 200

@@ -165,6 +165,13 @@ def test_boxes_of_the_tasks_operator_become_pixels() -> None:
     assert (boxes.tolist(), scores.tolist(), classes.tolist()) == ([[0, 16, 64, 32]], [0.75], [1])
 
 
+def test_boxes_of_the_tasks_operator_in_a_rectangle() -> None:
+    """ymin, xmin, ymax, xmax as fractions of 24 rows and 40 columns."""
+    row = np.array([0.25, 0.5, 0.5, 2, 1, 0.75, 1], np.float32)
+    boxes, _, _ = read_tasks(row, {}, (24, 40), 2)
+    assert boxes.tolist() == [[20, 6, 40, 12]]
+
+
 def test_it_needs_only_numpy() -> None:
     code = (
         "import sys, runpy; runpy.run_path(sys.argv[1]); print({'torch', 'hwnas'} &"

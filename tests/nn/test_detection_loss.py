@@ -4,13 +4,18 @@ is compared in tests/golden/test_ssdlite.py.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms, box_iou, generalized_box_iou, sigmoid_focal_loss
 
 from hwnas.core.arch import Architecture
+from hwnas.core.detection import with_detector
 from hwnas.core.detector import PostProcessing
+from hwnas.core.fcos import FCOSSpec
+from hwnas.core.published import published
+from hwnas.core.size import Rectangle, Size, area
 from hwnas.nn.anchors import anchors_of
 from hwnas.nn.detection_loss import detection_loss
 from hwnas.nn.detector import Outputs
@@ -222,8 +227,8 @@ def matched_cells(arch: Architecture, truth: torch.Tensor) -> list[int]:
                 x, y = (column + 0.5) * stride, (row + 0.5) * stride
                 sides = (x - x1, y - y1, x2 - x, y2 - y)
                 to_centre = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
-                low = 0 if level == 0 else 4 * stride
-                high = float("inf") if level == len(sizes) - 1 else 8 * stride
+                low = 0 if level == 0 else 2 * stride
+                high = float("inf") if level == len(sizes) - 1 else 4 * stride
                 if min(sides) > 0 and to_centre < 1.5 * stride and low < max(sides) < high:
                     cells.append(number)
                 number += 1
@@ -255,3 +260,34 @@ def test_the_squares_of_an_anchor_free_detector_are_centred_on_their_cells() -> 
     # the second row of the second map: 4 px strides
     assert boxes[32**2 + 16].tolist() == [2 - 16, 6 - 16, 2 + 16, 6 + 16]
     assert boxes[-1].tolist() == [56 - 64, 56 - 64, 56 + 64, 56 + 64]
+
+
+@pytest.mark.parametrize("resolution", [192, 320, Rectangle(160, 320)])
+def test_every_map_of_an_anchor_free_detector_has_something_to_find(resolution: Size) -> None:
+    arch = with_detector(published("mobilenet_v2"), 1, FCOSSpec(), resolution=resolution)
+    height, width = arch.size_HW
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, 1, (400, 2, 2)), axis=1) * [width, height]
+    boxes = torch.from_numpy(corners.reshape(-1, 1, 4)).float()
+    targets = torch.cat((boxes, torch.zeros(len(boxes), 1, 1)), dim=2)
+    loss = detection_loss(arch)
+    matched: list[torch.Tensor] = []
+    loss.fcos.head.compute_loss = lambda t, h, a, matches: matched.extend(matches) or {}  # type: ignore[union-attr,operator]
+    detector = arch.detector
+    assert detector is not None
+    outputs = torch.zeros(len(targets), detector.anchors, 1)
+    loss.parts((outputs, outputs.expand(-1, -1, 4)), targets)
+    found_A = (torch.stack(matched) >= 0).sum(dim=0)
+    per_map = found_A.split([area(head.size) for head in detector.heads])
+    assert all(int(found.sum()) > 50 for found in per_map)
+
+
+def test_the_cells_of_a_rectangle_are_spread_over_all_of_it() -> None:
+    arch = with_detector(published("mobilenet_v2"), 1, FCOSSpec(), resolution=Rectangle(96, 320))
+    boxes = anchors_of(arch)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    # the coarsest map has 2 rows of 48 px, 5 columns of 64 px
+    assert centres[-10:, 1].tolist() == [24.0] * 5 + [72.0] * 5
+    assert centres[-5:, 0].tolist() == [32.0, 96, 160, 224, 288]
+    sides_A2 = boxes[:, 2:] - boxes[:, :2]
+    assert (sides_A2[:, 0] == sides_A2[:, 1]).all()
