@@ -385,6 +385,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         fields = _fields_at(model, first["loc"][:-1])
         return f"unknown key {place!r}; {nearest(shortened(str(first['loc'][-1])), fields)}"
+    if first["type"] == "union_tag_invalid":
+        return (
+            f"{place}.kind = {first['ctx']['tag']!r} is unknown; known:"
+            f" {first['ctx']['expected_tags']}."
+        )
     if first["type"] == "missing":
         return f"key {place!r} is missing; add it."
     message = first["msg"].removeprefix("Value error, ")

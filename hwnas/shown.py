@@ -10,6 +10,7 @@ from pathlib import Path
 from hwnas.config import Experiment, load_experiment
 from hwnas.core.arch import Architecture
 from hwnas.core.search_space import SearchSpace
+from hwnas.core.size import written
 from hwnas.core.spaces import SPACES, load_space
 from hwnas.document import user_path
 from hwnas.errors import UserError
@@ -51,7 +52,7 @@ def shown_space(name: str, overrides: list[str]) -> Shown:
         return Shown(space)
     own_settings = [
         f'space.name="{name}"',
-        f"data.resolution={space.resolution}",
+        f"data.resolution={written(space.resolution)}",
         f"data.classes={space.classes}",
         f"data.channels={space.in_channels}",
     ]

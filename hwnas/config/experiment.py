@@ -26,6 +26,7 @@ from hwnas.config.tables import (
 )
 from hwnas.config.tasks import TaskName, network_kind
 from hwnas.config.training import TrainConfig
+from hwnas.core.size import Rectangle
 from hwnas.document import decoded_text, explain, merged, nearest, quoted_path
 from hwnas.errors import ConfigError
 from hwnas.printable import quoted, shortened
@@ -146,6 +147,11 @@ class Experiment(Section):
             raise ValueError(
                 f"train.progressive.start = {self.train.progressive.start:g} is for classifiers;"
                 " remove it, or set task = 'classify'"
+            )
+        if self.train.progressive.start < 1 and isinstance(self.data.resolution, Rectangle):
+            raise ValueError(
+                f"train.progressive.start = {self.train.progressive.start:g} is for square images,"
+                f" and data.resolution is {self.data.resolution}; remove one of them"
             )
         if detects and self.export.softmax:
             raise ValueError(

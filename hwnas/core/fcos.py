@@ -145,8 +145,8 @@ class FCOSSpec(DetectorSpec):
             if size != each_side(coarser, lambda side: 2 * side):
                 raise SpaceError(
                     "an anchor-free detector needs feature maps that halve exactly, but these have"
-                    f" {', '.join(map(str, sizes))} px: choose a resolution that is a multiple of"
-                    " the backbone's largest stride, such as 320."
+                    f" {', '.join(map(str, sizes))} px: choose a data.resolution whose"
+                    " sides are multiples of the backbone's largest stride, usually 32."
                 )
         pan = _PAN(self.channels, len(maps))
         sources = pan.fused(sizes, [channels for channels, _ in maps])

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
-from hwnas.core.size import Size, area, each_side, halved
+from hwnas.core.size import Size, area, each_side, strided
 
 Kind: TypeAlias = Literal[
     "conv",
@@ -98,7 +98,7 @@ class Node:
             return each_side(self.size, lambda side: side - 1)
         if self.kind == "upsample":
             return each_side(self.size, lambda side: 2 * side)
-        return halved(self.size, self.stride)
+        return strided(self.size, self.stride)
 
     @property
     def depthwise(self) -> bool:

@@ -86,11 +86,11 @@ def each_side(size: Size, change: Callable[[int], int]) -> Size:
     return size_of(change(height), change(width))
 
 
-def halved(size: Size, stride: int) -> Size:
+def strided(size: Size, stride: int) -> Size:
     """The output size of a layer with padding ``kernel // 2``: each side divided by the
     ``stride``, rounded up.
 
-    >>> halved(Rectangle(15, 40), 2)
+    >>> strided(Rectangle(15, 40), 2)
     Rectangle(height=8, width=20)
     """
     return each_side(size, lambda side: -(-side // stride))  # ceil in integer arithmetic
@@ -113,7 +113,7 @@ class Pixels:
         return core_schema.no_info_wrap_validator_function(
             _checked,
             core_schema.int_schema(ge=self.least, le=self.most),
-            serialization=core_schema.plain_serializer_function_ser_schema(_written),
+            serialization=core_schema.plain_serializer_function_ser_schema(written),
         )
 
 
@@ -132,8 +132,8 @@ def _checked(value: Any, side: Callable[[Any], int]) -> Size:
     return size_of(side(value[0]), side(value[1]))
 
 
-def _written(size: Size) -> int | list[int]:
-    """A number, or height and width."""
+def written(size: Size) -> int | list[int]:
+    """A size as a file writes it: a number, or ``[height, width]``."""
     if isinstance(size, Rectangle):
         return [size.height, size.width]
     return size

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from hwnas.core.choice import Address
 from hwnas.core.ops import Op
 from hwnas.core.option import SKIP, Factors, factorise, parse_option
-from hwnas.core.size import Size, area, halved
+from hwnas.core.size import Size, area, strided
 
 Residual = Literal["after_first", "matching"]
 """Which slots of a stage add their input to their output; see ``SpaceStage``."""
@@ -124,7 +124,7 @@ class Slot:
         """Output height and width at every resolution."""
         if self.pooled:
             return (1,) * len(self.sizes)
-        return tuple(halved(size, self.stride) for size in self.sizes)
+        return tuple(strided(size, self.stride) for size in self.sizes)
 
     @property
     def pooled(self) -> bool:

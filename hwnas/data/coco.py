@@ -201,8 +201,9 @@ class CocoImages(Images):
         classes = torch.from_numpy(self.annotations.classes[objects][kept])
         # torchvision draws from the global generator, whose state must not change
         with torch.random.fork_rng(devices=[]):
-            # the batch has one seed, so the index keeps its images apart
-            torch.manual_seed((draw + index) % 2**63)
+            # The batch has one seed, so the index keeps its images apart. Not
+            # torch.manual_seed, which takes as long as the rest if PyTorch was built for CUDA.
+            torch.default_generator.manual_seed((draw + index) % 2**63)
             pixels, boxes, classes = self.transform(image, boxes, classes)
         return pixels, torch.cat([boxes, classes[:, None].float()], dim=1)
 

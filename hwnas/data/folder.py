@@ -105,8 +105,9 @@ class FolderImages(Images):
         image, _ = decode(self.root, self.read[index], self.channels)
         # torchvision draws from the global generator, whose state must not change
         with torch.random.fork_rng(devices=[]):
-            # the batch has one seed, so the index keeps its images apart
-            torch.manual_seed((draw + index) % 2**63)
+            # The batch has one seed, so the index keeps its images apart. Not
+            # torch.manual_seed, which takes as long as the rest if PyTorch was built for CUDA.
+            torch.default_generator.manual_seed((draw + index) % 2**63)
             fitted = self._fitted(image)
         further = self.training_augmentation
         if further is None:

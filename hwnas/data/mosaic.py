@@ -9,8 +9,8 @@ needed, and objects have 0.5 to 1 times their usual size.
 A box moves along with its object and is clipped to the window. It is left out if less
 than a tenth of its area remains, or if a side is shorter than a pixel.
 
-*Differences from the paper*: none that it states. It gives neither the sizes of the parts
-nor the rule for boxes that are cut; those are ours.
+The paper gives neither the sizes of the parts nor the rule for boxes that are cut; those are
+ours.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def seeded(seed: int) -> Iterator[None]:
     state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - timm draws from the global one
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
+        torch.default_generator.manual_seed(seed % 2**63)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:

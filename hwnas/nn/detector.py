@@ -80,7 +80,7 @@ class DetectionNetwork(Freezable):
 
 
 def predictions(heads: nn.ModuleList, maps: Sequence[Tensor], logits: int) -> Outputs:
-    """What ``heads`` predict from feature maps [N, C, size, size]: one row per anchor,
+    """What ``heads`` predict from feature maps [N, C, H, W]: one row per anchor,
     in torchvision's order. Each anchor has that many ``logits``.
     """
     outputs = [head(x_NCHW) for head, x_NCHW in zip(heads, maps, strict=True)]

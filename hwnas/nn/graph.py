@@ -20,7 +20,9 @@ def edge_points(graph: Sequence[Step]) -> frozenset[int]:
     connection is all that reads it; one that reads the concatenation of another cell is
     told apart by that.
 
-    *Difference from the code*: in the first two cells, such an input counts as an edge.
+    *Differences from the code*: in the first two cells, such an input counts as an edge;
+    and a node with a single edge makes no sum, so that its op is never dropped (the second
+    node of NAS-Bench-201's cells).
     """
     readers: dict[int, list[Step]] = {}
     for step in graph:
@@ -52,6 +54,7 @@ def run_graph(
     with smaller ones. Images lose each of the ``edge_points`` with the probability
     ``drop_path``.
     """
+    assert not drop_path or len(inputs) == 1, "edge_points are those of graphs with one input"
     edges = edge_points(graph) if drop_path else frozenset()
     last_use: dict[int, int] = {}
     for position, step in enumerate(graph):

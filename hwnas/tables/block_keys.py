@@ -40,7 +40,7 @@ from yaml.composer import ComposerError
 
 from hwnas.core.ops import Classifier, Conv, DSConv, Head, MBConv, Op, separable
 from hwnas.core.option import make_divisible
-from hwnas.core.size import halved
+from hwnas.core.size import strided
 from hwnas.errors import SpaceError
 from hwnas.tables.reading import CLAMPS, UNKNOWN, Reading, Source, TimedOp, entries_of
 
@@ -176,7 +176,7 @@ def _layer(match: re.Match[str], act: str) -> Conv:
     size, width, in_ch, out, out_width, out_ch = map(int, match.groups()[1:])
     _check_square((size, width), (out, out_width))
     for stride in (1, 2):
-        if halved(size, stride) == out:
+        if strided(size, stride) == out:
             kernel = 3 if match[1] == "Conv" else 1
             return Conv(size, in_ch, out_ch, kernel=kernel, stride=stride, act=act)
     # The reasons why blocks are not mapped are in the provenance of an imported table, so
@@ -189,7 +189,7 @@ def _block(match: re.Match[str], act: str, *, absolute: bool) -> Op:
         int, match.groups()[:10]
     )
     _check_square((size, width), (out, out_width))
-    if not stride or halved(size, stride) != out:
+    if not stride or strided(size, stride) != out:
         raise SpaceError(f"stride {stride} does not lead from {size} to {out} pixels")
     expanded = expand if absolute else in_ch * expand
     # ``-se`` and ``-hs``, which only once-for-all's keys have.

@@ -12,7 +12,7 @@ resolution, so BN's statistics and the weights are those for it.
 *Differences from the paper*: dropout and augmentation do not grow with the size. Images are
 loaded and augmented at the full size and then resized on the device, so loading them takes
 as long as ever; a teacher sees them at its own resolution. Sizes are rounded to multiples
-of the network's total stride, which halving an image again and again requires.
+of the network's total stride, which networks of cells require.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from hwnas.config import ProgressiveConfig
 from hwnas.core.arch import Architecture
 from hwnas.core.size import sides, square
+from hwnas.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ def progression_of(config: ProgressiveConfig, arch: Architecture, steps: int) ->
         size = first + (full - first) * stage / (config.stages - 1)
         rounded = stride * round(size / stride)
         sizes.append(min(full, max(stride, rounded)))
+    if config.start < 1 and set(sizes) == {full}:
+        raise ConfigError(
+            f"train.progressive.start = {config.start:g} has no effect: images of {full} px are too"
+            f" small for several sizes that are multiples of {stride}, the network's stride; remove"
+            " it."
+        )
     return Progression((*sizes, full), steps)
 
 

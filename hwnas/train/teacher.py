@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 from hwnas.config import DataConfig, TrainConfig
 from hwnas.core.arch import Architecture
+from hwnas.core.size import Size, each_side, sides
 from hwnas.document import file_sha256
 from hwnas.engine import Distillation
 from hwnas.errors import ConfigError
@@ -32,6 +33,12 @@ from hwnas.nn.pretrained import is_own_network, load_timm_model, pretrained_file
 from hwnas.nn.shared import resized
 
 KEY = "train.teacher"
+
+
+def _in_the_shape_of(resolution: Size, side: int) -> Size:
+    """The size in the shape of ``resolution`` whose smaller side is ``side``."""
+    smaller = min(sides(resolution))
+    return each_side(resolution, lambda pixels: round(pixels * side / smaller))
 
 
 class Teacher:
@@ -61,7 +68,7 @@ class Teacher:
             name = timm_model_of(config.teacher, config.teacher_model, path)
             trained = None if name is None else timm.get_pretrained_cfg(name)
             if trained is not None:
-                self.resolution = trained.input_size[-1]
+                self.resolution = _in_the_shape_of(data.resolution, trained.input_size[-1])
                 self.renormalise = _renormalisation(data, trained.mean, trained.std)
         network.to(device or torch.device("cpu"))
         network.to(memory_format=torch.channels_last)

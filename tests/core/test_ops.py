@@ -33,7 +33,7 @@ from hwnas.core.ops import (
     kinds,
     separable,
 )
-from hwnas.core.size import halved
+from hwnas.core.size import strided
 from hwnas.document import Document
 from hwnas.errors import SpaceError
 
@@ -317,7 +317,7 @@ def test_grouped_blocks_shuffle_between_their_convolutions_at_no_cost() -> None:
 def test_output_sizes_are_those_of_a_convolution_padded_by_half_its_kernel(
     size: int, kernel: int, stride: int
 ) -> None:
-    assert halved(size, stride) == (size + 2 * (kernel // 2) - kernel) // stride + 1
+    assert strided(size, stride) == (size + 2 * (kernel // 2) - kernel) // stride + 1
 
 
 def test_ops_in_documents_are_their_keys() -> None:

@@ -11,7 +11,7 @@ from hwnas.core.arch import Architecture
 from hwnas.core.detection import with_detector
 from hwnas.core.ops import Op
 from hwnas.core.published import published
-from hwnas.core.size import Rectangle, area, each_side, halved, size_of
+from hwnas.core.size import Rectangle, area, each_side, size_of, strided
 from hwnas.core.space import MacroSpace
 from hwnas.core.spaces import load_space, nasbench201, ofa_mobilenet_v3, proxylessnas
 from hwnas.errors import DocumentError, SpaceError
@@ -23,7 +23,7 @@ WIDE = Rectangle(96, 160)
 def test_a_square_is_a_number() -> None:
     assert size_of(20, 20) == 20 and size_of(20, 40) == Rectangle(20, 40)
     assert each_side(Rectangle(3, 4), lambda side: 12 // side) == Rectangle(4, 3)
-    assert halved(Rectangle(3, 4), 2) == 2 and halved(7, 2) == 4
+    assert strided(Rectangle(3, 4), 2) == 2 and strided(7, 2) == 4
     assert (area(Rectangle(3, 4)), area(5)) == (12, 25)
 
 

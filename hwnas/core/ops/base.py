@@ -31,7 +31,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from hwnas.core.ir import Node, Program, ProgramWriter
-from hwnas.core.size import Rectangle, Size, halved, sides, size_of
+from hwnas.core.size import Rectangle, Size, sides, size_of, strided
 from hwnas.errors import SpaceError
 
 ACTIVATIONS = ("none", "relu", "relu6", "hswish", "silu")
@@ -289,7 +289,7 @@ class Op(ABC):
     @property
     def out_size(self) -> Size:
         """Output height and width; 1 after global pooling."""
-        return halved(self.size, self.stride)
+        return strided(self.size, self.stride)
 
     @property
     def pooled(self) -> bool:
