@@ -13,6 +13,7 @@ from hwnas.config import load_experiment
 from hwnas.core.cost import latency_ms
 from hwnas.core.describe import coverage, describe_networks, why_uncovered
 from hwnas.core.published import published
+from hwnas.core.size import Rectangle
 from hwnas.core.spaces import mobile32
 from hwnas.core.table import LatencyTable
 from hwnas.errors import ConfigError, SpaceError, UserError
@@ -184,3 +185,9 @@ def test_networks_are_also_listed_without_a_table(tmp_path: Path) -> None:
         in output
         and "predicted" not in output
     )
+
+
+def test_a_space_of_rectangles_takes_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "wide.json"
+    mobile32(resolution=Rectangle(16, 24)).save(path)
+    assert shown_space(str(path), ["search.epochs=3"]).space.resolution == Rectangle(16, 24)
