@@ -1,4 +1,4 @@
-"""An anchor-free detector: every cell of four feature maps predicts one box, after a
+"""An anchor-free detector: every cell of three feature maps predicts one box, after a
 light path aggregation network (PAN).
 
 Sources: FCOS (Tian et al., arXiv 1904.01355) for what a cell has to predict; PAN (Liu
@@ -13,12 +13,12 @@ the taps L0, L1, L2 at strides 8, 16 and 32::
     P0 = T0
     P1 = separable(T1 + down(P0))
     P2 = separable(T2 + down(P1))
-    P3 = down(P2)
 
 where ``down`` is a separable layer of stride 2 and ``up`` a bilinear interpolation. The
-heads read P0 to P3.
+heads read P0 to P2, as in NanoDet.
 
-*Differences* from NanoDet-Plus and PicoDet: maps are added as in PAN's first form, not
+*Differences* from NanoDet-Plus and PicoDet: there is no fourth map at stride 64, in which
+FCOS's ranges of sizes leave nothing to find below 320 px; maps are added as in PAN's first form, not
 concatenated; separable layers take the place of ghost and CSP blocks; the head of each
 map has weights of its own; boxes are predicted as offsets from a square (YOLOX's form
 of a box per cell, arXiv 2107.08430) instead of as distributions of distances, which
@@ -190,14 +190,12 @@ class _PAN:
             up = self.graph.op(Upsample(coarser, self.channels, self.channels), down[level + 1])
             down[level] = self._fused(sizes[level], lateral[level], up)
 
-        # bottom-up, and one more map of half the size of the coarsest
+        # bottom-up: what fine maps know reaches the coarse ones
         points = [down[0]]
         for level in range(1, len(sizes)):
             halved = self._halved(sizes[level - 1], points[-1])
             points.append(self._fused(sizes[level], down[level], halved))
-        last = self._halved(sizes[-1], points[-1])
-        halved_size = self.graph.blocks[-1].out_size
-        return [*zip(points, sizes, strict=True), (last, halved_size)]
+        return [*zip(points, sizes, strict=True)]
 
     def _fused(self, size: Size, point: int, other: int) -> int:
         """The sum of two maps, mixed by a separable layer."""

@@ -16,7 +16,7 @@ towards 0 and then drops it.
 
 FCOS: a cell has to find a box if it lies within it, within 1.5 strides of its centre,
 and if the box fits the map's range of sizes: the longest distance from the cell to a side
-of the box is 2 to 4 strides, less on the finest map and more on the coarsest one.
+of the box is 4 to 8 strides, less on the finest map and more on the coarsest one.
 torchvision's ``FCOS.compute_loss`` matches them (arXiv 1904.01355). What matched cells learn is Generalized Focal Loss (Li et al.,
 arXiv 2006.04388): for each class, the score s of a cell learns the IoU y of the predicted
 box with the matched one, and 0 elsewhere (quality focal loss, its equation 4), and
@@ -25,8 +25,7 @@ boxes learn by GIoU (arXiv 1902.09630), weighted by the scores::
     loss = sum of |y - s|^2 BCE(s, y) / matched cells
            + 2 sum of w (1 - GIoU) / sum of w,    w = max over classes of s
 
-*Differences*: FCOS's ranges are 4 to 8 strides, for images of 800 px, in which the coarsest
-map of a 320 px image would have nothing to find; FCOS has a centre-ness beside the class scores, which the quality in the
+*Differences*: FCOS has a centre-ness beside the class scores, which the quality in the
 score replaces; GFL matches by ATSS and predicts distributions of distances (see
 ``core.fcos``).
 """
@@ -58,10 +57,6 @@ QUALITY_BETA = 2.0
 """Exponent of the quality focal loss, GFL's."""
 BOX_WEIGHT = 2.0
 """Weight of the loss of boxes, GFL's."""
-RANGE = 2.0
-"""The least distance from a cell to the farthest side of its box, in strides; the largest one
-is twice that.
-"""
 CENTRE_RADIUS = 1.5
 """Distance from a box's centre, in strides, within which cells have to find it: FCOS's."""
 
@@ -146,9 +141,6 @@ class FCOSLoss(DetectionLoss):
         detector = detector_of(arch)
         assert isinstance(detector, FCOS), f"{arch.name} has no FCOS"
         self.cells = [area(head.size) for head in detector.heads]
-        # torchvision reads strides from the sides of squares: a range is 4 to 8 sides, and the
-        # radius is in sides as well
-        side = RANGE / 4
         quality = _QualityLoss(anchors_of(arch), BoxCoder(detector.code_scales))
         backbone = nn.Identity()
         backbone.out_channels = 1  # type: ignore[assignment]  # torchvision asks for it
@@ -157,9 +149,10 @@ class FCOSLoss(DetectionLoss):
             backbone,
             detector.classes,
             head=quality,
-            center_sampling_radius=CENTRE_RADIUS / side,
+            center_sampling_radius=CENTRE_RADIUS,
         )
-        points_A4 = squares(detector, arch.size, side)
+        # torchvision reads the strides from the sides of these squares
+        points_A4 = squares(detector, arch.size, 1.0)
         self.register_buffer("points_A4", points_A4, persistent=False)
 
     def parts(self, outputs: Outputs, y_NM5: Tensor) -> dict[str, Tensor]:

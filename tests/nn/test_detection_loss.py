@@ -227,8 +227,8 @@ def matched_cells(arch: Architecture, truth: torch.Tensor) -> list[int]:
                 x, y = (column + 0.5) * stride, (row + 0.5) * stride
                 sides = (x - x1, y - y1, x2 - x, y2 - y)
                 to_centre = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
-                low = 0 if level == 0 else 2 * stride
-                high = float("inf") if level == len(sizes) - 1 else 4 * stride
+                low = 0 if level == 0 else 4 * stride
+                high = float("inf") if level == len(sizes) - 1 else 8 * stride
                 if min(sides) > 0 and to_centre < 1.5 * stride and low < max(sides) < high:
                     cells.append(number)
                 number += 1
@@ -255,14 +255,14 @@ def test_the_squares_of_an_anchor_free_detector_are_centred_on_their_cells() -> 
 
     assert arch.detector is not None
     sizes = [head.size for head in arch.detector.heads]
-    assert sizes == [32, 16, 8, 4] and len(boxes) == sum(size**2 for size in sizes)
+    assert sizes == [32, 16, 8] and len(boxes) == sum(size**2 for size in sizes)
     assert boxes[0].tolist() == [1 - 8, 1 - 8, 1 + 8, 1 + 8]
     # the second row of the second map: 4 px strides
     assert boxes[32**2 + 16].tolist() == [2 - 16, 6 - 16, 2 + 16, 6 + 16]
-    assert boxes[-1].tolist() == [56 - 64, 56 - 64, 56 + 64, 56 + 64]
+    assert boxes[-1].tolist() == [60 - 32, 60 - 32, 60 + 32, 60 + 32]
 
 
-@pytest.mark.parametrize("resolution", [192, 320, Rectangle(160, 320)])
+@pytest.mark.parametrize("resolution", [256, 320, Rectangle(160, 320)])
 def test_every_map_of_an_anchor_free_detector_has_something_to_find(resolution: Size) -> None:
     arch = with_detector(published("mobilenet_v2"), 1, FCOSSpec(), resolution=resolution)
     height, width = arch.size_HW
@@ -286,8 +286,8 @@ def test_the_cells_of_a_rectangle_are_spread_over_all_of_it() -> None:
     arch = with_detector(published("mobilenet_v2"), 1, FCOSSpec(), resolution=Rectangle(96, 320))
     boxes = anchors_of(arch)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    # the coarsest map has 2 rows of 48 px, 5 columns of 64 px
-    assert centres[-10:, 1].tolist() == [24.0] * 5 + [72.0] * 5
-    assert centres[-5:, 0].tolist() == [32.0, 96, 160, 224, 288]
+    # the coarsest map has 3 rows and 10 columns of 32 px
+    assert centres[-30:, 1].tolist() == [16.0] * 10 + [48.0] * 10 + [80.0] * 10
+    assert centres[-10:, 0].tolist() == [16.0 + 32 * column for column in range(10)]
     sides_A2 = boxes[:, 2:] - boxes[:, :2]
     assert (sides_A2[:, 0] == sides_A2[:, 1]).all()
