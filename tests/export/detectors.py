@@ -37,7 +37,7 @@ def lively_network(kind: Kind = "softmax", classes: int = CLASSES) -> DetectionN
         for part in (network.neck_layers, network.heads):
             initialise(part, generator)
         for head in network.heads:
-            head.get_submodule("boxes.predict.conv").get_parameter("weight").data *= 0.1
+            head.get_submodule("boxes.predict.conv").get_parameter("weight").data *= 0.2
     for name, weight in network.heads.named_parameters():
         if name.endswith("predict.conv.weight") and kind != "fcos":
             weight.data *= 20

@@ -141,8 +141,10 @@ def test_only_the_network_is_int8(kind: Kind) -> None:
     assert {op.name for op in ops[:start] if op.dtype == "FLOAT32"} == {"DEQUANTIZE"}
     assert {op.dtype for op in ops[start:]} == {"FLOAT32"}
     int8_rows = np.concatenate([by_name["detections"] for by_name in run_tflite(model, X_NCHW)])
+    # the boxes of a random anchor-free detector are as large as the image, and int8 is relative
+    largest_px = 7 if kind == "fcos" else 2
     assert (
-        np.abs(int8_rows - rows)[..., :4].max() < 3
+        np.abs(int8_rows - rows)[..., :4].max() < largest_px
         and np.abs(int8_rows - rows)[..., 4:].max() < 0.08
     )
     assert np.abs(int8_rows - rows)[..., :4].max() > 0
