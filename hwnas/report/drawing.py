@@ -189,7 +189,10 @@ def _labels(axes: Axes, positions: Sequence[Position], gutter: float) -> None:
         axes.plot([start - 0.4, end - 0.6], [4.12, 4.12], color=LIGHT["muted"], lw=1)
         # below a single bar there is only room for one number
         text = by(size, "×") if end - start > 1 else str(size)
-        axes.text((start + end - 1) / 2, 4.55, text, ha="center", va="center", size=10.5)
+        points = 10.5
+        if end - start == 1 and not isinstance(size, int):
+            text, points = by(size, "×"), 7.0
+        axes.text((start + end - 1) / 2, 4.55, text, ha="center", va="center", size=points)
         start = end
 
 

@@ -43,6 +43,7 @@ class SeparableLayer(Op):
     """
 
     KIND: ClassVar[str] = "separable"
+    WORD: ClassVar[str] = "sep"
 
     kernel: int = number("k", 1)
     stride: int = number("s", 1)
