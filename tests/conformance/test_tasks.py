@@ -14,6 +14,8 @@ from hwnas.config import DataConfig, load_experiment
 from hwnas.config.tasks import TASKS
 from hwnas.core.arch import Architecture
 from hwnas.core.detection import with_detector
+from hwnas.core.detector import DetectorSpec
+from hwnas.core.fcos import FCOSSpec
 from hwnas.core.ops import Op
 from hwnas.core.ssdlite import SSDLiteSpec
 from hwnas.data.images import Images, evaluation_batches, load_images
@@ -52,6 +54,7 @@ class TestDetection(TaskConformance):
     """On rectangles."""
 
     task = Detection
+    spec: DetectorSpec = SSDLiteSpec(extras=(16,))
 
     @pytest.fixture(autouse=True)
     def written(self, tmp_path: Path) -> None:
@@ -68,7 +71,7 @@ class TestDetection(TaskConformance):
             "classifier-h6-i24-o10",
         )
         arch = Architecture(name="small", blocks=tuple(map(Op.parse, keys)))
-        detector = with_detector(arch, 2, SSDLiteSpec(extras=(16,)), resolution=48)
+        detector = with_detector(arch, 2, self.spec, resolution=48)
         return network_of(detector, generator=torch.Generator().manual_seed(0)).eval()
 
     def images(self) -> Images:
@@ -81,6 +84,12 @@ class TestDetection(TaskConformance):
             "augment": "none",
         }
         return load_images(DataConfig.model_validate(config), "test")
+
+
+class TestAnchorFreeDetection(TestDetection):
+    """The same with the other kind of detector."""
+
+    spec = FCOSSpec(channels=16)
 
 
 @pytest.fixture
