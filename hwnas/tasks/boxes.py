@@ -306,6 +306,9 @@ def _same_best(expected: DetectionArrays, actual: DetectionArrays) -> bool:
         return len(expected_scores) == len(actual_scores)
     if expected_labels[0] != actual_labels[0]:
         return False
+    # a box that was clipped to an edge has no area, and thus no IoU with itself
+    if np.array_equal(expected_boxes[0], actual_boxes[0]):
+        return True
     return bool(iou(np.stack([expected_boxes[0], actual_boxes[0]]))[0, 1] >= 0.5)
 
 
