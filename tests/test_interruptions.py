@@ -229,15 +229,15 @@ def patch_step(
     monkeypatch: pytest.MonkeyPatch, in_step: Callable[[], None], at: int
 ) -> Callable[..., Metrics]:
     """Call ``in_step`` before the update of a step."""
-    train_step = Engine.train_step
+    optimizer_step = Engine.optimizer_step
 
     def step(engine: Engine, *batch: Any) -> Metrics:
         if engine.step == at:
             in_step()
-        return train_step(engine, *batch)
+        return optimizer_step(engine, *batch)
 
-    monkeypatch.setattr(Engine, "train_step", step)
-    return train_step
+    monkeypatch.setattr(Engine, "optimizer_step", step)
+    return optimizer_step
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_a_killed_loader_is_one_sentence_and_the_training_resumes(
         assert killed.pid is not None
         os.kill(killed.pid, signal.SIGKILL)
 
-    train_step = patch_step(monkeypatch, kill, at=3)
+    optimizer_step = patch_step(monkeypatch, kill, at=3)
     with pytest.raises(ResourceError) as caught, explained("train", ctx.experiment):
         training.run(ctx, arch)
     assert str(caught.value) == (
@@ -263,7 +263,7 @@ def test_a_killed_loader_is_one_sentence_and_the_training_resumes(
     assert caught.value.exit_code == 2
 
     assert (ctx.folder / "checkpoint.pt").exists()
-    monkeypatch.setattr(Engine, "train_step", train_step)
+    monkeypatch.setattr(Engine, "optimizer_step", optimizer_step)
     training.run(ctx, arch)
     steps = [row["step"] for row in JsonLines(ctx.folder / "metrics.jsonl").read()]
     assert steps == list(range(len(steps)))
