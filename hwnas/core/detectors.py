@@ -7,15 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from hwnas.core.detector import DetectorSpec
 from hwnas.core.fcos import FCOS, FCOSSpec
 from hwnas.core.ssdlite import SSDLite, SSDLiteSpec
-
-SPECS: Mapping[str, type[DetectorSpec]] = {
-    SSDLiteSpec.KIND: SSDLiteSpec,
-    FCOSSpec.KIND: FCOSSpec,
-}
-"""Name of a kind -> its specification."""
 
 
 def _kind(value: Any) -> str:

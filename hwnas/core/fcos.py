@@ -18,8 +18,8 @@ where ``down`` is a separable layer of stride 2 and ``up`` a bilinear interpolat
 heads read P0 to P2, as in NanoDet.
 
 *Differences* from NanoDet-Plus and PicoDet: there is no fourth map at stride 64, in which
-FCOS's ranges of sizes leave nothing to find below 320 px; maps are added as in PAN's first form, not
-concatenated; separable layers take the place of ghost and CSP blocks; the head of each
+FCOS's ranges of sizes leave nothing to find below 320 px; maps are added as in PAN's
+first form, not concatenated; separable layers take the place of ghost and CSP blocks; the head of each
 map has weights of its own; boxes are predicted as offsets from a square (YOLOX's form
 of a box per cell, arXiv 2107.08430) instead of as distributions of distances, which
 spares the app a softmax per side and lets the same post-processing read both kinds of
